@@ -1,0 +1,1 @@
+"""Paged, quantized attention: Triton kernels, and the torch twins that define them."""

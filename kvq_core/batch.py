@@ -1,0 +1,40 @@
+"""What one step carries: packed tokens, decodes first (one token each), then prompt chunks."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class GroupTables:
+    """Where the step's tokens lie in one KV group (layers that share a window share pages)."""
+
+    slots: Tensor
+    """[T] int64: page · page_size + row of every token of the step."""
+    decode_tables: Tensor
+    """[B, max_pages] int32: pages of each decoding request; freed and unused entries are page 0."""
+    prefill_tables: Tensor
+    """[C, max_pages] int32: pages of each request with a chunk in this step."""
+
+
+@dataclass
+class Batch:
+    """B decodes (tokens 0..B-1), then C prompt chunks; T tokens together."""
+
+    num_decodes: int
+    context_lens: Tensor
+    """[B] int32: tokens of each decoding request, this step's included."""
+    cu_chunk_lens: Tensor
+    """[C + 1] int32: chunk boundaries, counted from the first chunk token."""
+    history_lens: Tensor
+    """[C] int32: tokens of each chunk's request before the chunk."""
+    max_chunk: int
+    """Longest chunk (0 without chunks)."""
+    max_history: int
+    groups: list[GroupTables]
+    decode_rings: Tensor | None = None
+    """[B] int32: the row of each decoding request in the raw windows."""
+    prefill_rings: Tensor | None = None
+    """[C] int32"""
+    tokens_written: dict[int, int] = field(default_factory=dict)
+    """layer -> tokens stored, filled by the attention function and checked on the first forward."""

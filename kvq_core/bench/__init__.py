@@ -1,0 +1,1 @@
+"""The harness. It knows neither torch nor the engine, only the `Target` protocol."""

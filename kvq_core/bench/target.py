@@ -1,0 +1,65 @@
+"""What the harness drives: anything that takes requests and reports tokens.
+
+The harness is single-threaded: it calls `send` when a request is due and `poll` for what happened.
+An in-process engine runs one step in `poll`; an HTTP target drains what its streams received.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """One request of a workload."""
+
+    index: int
+    prompt: str | list[int]
+    input_len: int
+    """Tokens of the prompt."""
+    output_len: int
+    """Tokens to generate; end-of-sequence is ignored, so that every policy does the same work."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a request: new tokens, its end, or its failure."""
+
+    index: int
+    time: float
+    """Seconds on the clock of `time.perf_counter`."""
+    tokens: int = 0
+    finished: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """What a target says of itself; goes into the run record."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+class Target(Protocol):
+    def info(self) -> TargetInfo: ...
+
+    def send(self, request: BenchRequest) -> None:
+        """Take a request; returns at once. Time counts from before this call."""
+        ...
+
+    def poll(self, timeout: float) -> list[Event]:
+        """What happened since the last call; waits at most `timeout` seconds for something to happen."""
+        ...
+
+    def cancel(self, index: int) -> None: ...
+
+    def reset_stats(self) -> None:
+        """Forget peaks and counters; called when the measured window starts."""
+        ...
+
+    def kv_stats(self) -> dict[str, Any]:
+        """`bits_per_element, bytes_per_token, memory_bytes, pages, capacity_tokens, peak_tokens, preemptions`."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,96 @@
+"""Every setting of the engine and of sampling, frozen; the only place where defaults live."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvq_core.errors import UsageError
+from kvq_core.policies import Policy, get_policy
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs.
+
+    `policy` is a number or name of the registry, a pair `K:V`, or a `Policy`; `sink` and `recent`
+    override the policy's own number of tokens kept in the model's dtype.
+    `"auto"` and `None` are resolved against model and device when the engine starts, into a new object.
+    """
+
+    policy: int | str | Policy = 0
+    sink: int | None = None
+    recent: int | None = None
+    dtype: str = "auto"
+    """auto | bfloat16 | float16 | float32 | float64"""
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:N"""
+    load_format: str = "auto"
+    """auto | dummy (random weights, for measuring speed without a checkpoint)"""
+    tp: int = 1
+    """Reserved: tensor parallelism."""
+    page_size: int = 64
+    """Tokens a page."""
+    kv_memory: int | None = None
+    """Bytes for the KV cache; None sizes it from free memory."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the device's memory that weights, activations and cache may use together."""
+    swap_memory: int = 4 << 30
+    """Bytes of host memory for the pages of preempted requests."""
+    max_num_seqs: int = 256
+    """Requests that run at the same time."""
+    max_num_batched_tokens: int | None = None
+    """Tokens one step may carry; None: prefill_chunk + max_num_seqs on a CPU, 4 chunks on a GPU."""
+    prefill_chunk: int = 2048
+    """Prompts are processed in chunks of this many tokens, counted from the prompt's start."""
+    max_model_len: int | None = None
+    """Longest prompt + answer; None: the model's own limit."""
+    enforce_eager: bool = False
+    """No CUDA graphs."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "max_num_seqs", "prefill_chunk", "tp"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.page_size % 16:
+            raise UsageError(f"page_size must be a multiple of 16, got {self.page_size}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UsageError(f"gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}")
+        for name in ("sink", "recent", "kv_memory", "max_model_len", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < (0 if name in ("sink", "recent") else 1):
+                raise UsageError(f"{name} must be positive, got {value}")
+        if self.swap_memory < 0:
+            raise UsageError(f"swap_memory must not be negative, got {self.swap_memory}")
+        self.resolved_policy()
+
+    def resolved_policy(self) -> Policy:
+        """The policy object, with `sink` and `recent` of this config applied."""
+        return get_policy(self.policy).with_window(self.sink, self.recent)
+
+    def replace(self, **changes: Any) -> "EngineConfig":
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled; greedy unless `temperature` is above 0."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int = 0
+    """0: all tokens."""
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise UsageError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise UsageError(f"top_k must not be negative, got {self.top_k}")

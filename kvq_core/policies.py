@@ -1,0 +1,97 @@
+"""Policies: a codec for keys, a codec for values, and how many tokens stay unquantized."""
+
+from dataclasses import dataclass, replace
+
+from kvq_core.errors import KvqError, UsageError
+
+CODEC_NAMES = (
+    "none", "fp8", "int8", "int4", "lm4", "lm3", "lm2", "lm2-plain", "turbo", "turbo-rms", "qjl",
+)  # fmt: skip
+"""Names of the codecs in `kvq_core.codecs`; listed here so that policies are checked without torch."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What happens to K and V.
+
+    `key` and `value` name codecs; the first `sink` and the last `recent` tokens of a request stay in
+    the model's dtype.
+    """
+
+    name: str
+    key: str
+    value: str
+    sink: int = 0
+    recent: int = 0
+    number: int | None = None
+    """LMDeploy's number, where it has one."""
+    summary: str = ""
+
+    @property
+    def is_quantized(self) -> bool:
+        return (self.key, self.value) != ("none", "none")
+
+    @property
+    def label(self) -> str:
+        """Name for tables: `turbo`, or `turbo+s4r128` with unquantized tokens."""
+        return f"{self.name}+s{self.sink}r{self.recent}" if self.sink or self.recent else self.name
+
+    def with_window(self, sink: int | None, recent: int | None) -> "Policy":
+        """The same codecs with another number of unquantized tokens; None keeps the policy's own."""
+        if not self.is_quantized:
+            return replace(self, sink=0, recent=0)
+        return replace(
+            self,
+            sink=self.sink if sink is None else sink,
+            recent=self.recent if recent is None else recent,
+        )
+
+
+REGISTRY: tuple[Policy, ...] = (
+    Policy("none", "none", "none", number=0, summary="no quantization: the model's dtype"),
+    Policy("int4", "int4", "int4", number=4, summary="4-bit asymmetric, per head and token"),
+    Policy("int8", "int8", "int8", number=8, summary="8-bit asymmetric, per head and token"),
+    Policy("fp8", "fp8", "fp8", number=16, summary="e4m3 with a scale per head and token"),
+    Policy(
+        "turbo", "turbo", "lm2", number=42,
+        summary="TurboQuant: Hadamard rotation; K 3-bit Lloyd-Max + residual sign, V 2-bit Lloyd-Max",
+    ),
+    Policy("42-rms", "turbo-rms", "lm2-plain", summary="42 as LMDeploy stores it: rms residual, plain norms"),
+    Policy("qjl", "qjl", "lm2-plain", summary="42 with a true QJL residual (Gaussian projection)"),
+)  # fmt: skip
+
+
+def get_policy(spec: "int | str | Policy") -> Policy:
+    """The policy for a number (0, 8, 4, 16, 42), a registered name, or a pair `K:V` of codecs.
+
+    Raises `KvqError` with the list of known names for anything else.
+    """
+    if isinstance(spec, Policy):
+        return spec
+    text = str(spec).strip().lower()
+    for policy in REGISTRY:
+        if text in (policy.name, str(policy.number)):
+            return policy
+    key, colon, value = text.partition(":")
+    if colon and key in CODEC_NAMES and value in CODEC_NAMES:
+        for policy in REGISTRY:
+            if (policy.key, policy.value) == (key, value):
+                return policy
+        return Policy(f"{key}:{value}", key, value, summary=f"K {key}, V {value}")
+    if not colon and text in CODEC_NAMES:
+        return Policy(text, text, text, summary=f"K and V {text}")
+    known = ", ".join(
+        f"{p.number} ({p.name})" if p.number is not None else p.name for p in REGISTRY
+    )
+    raise KvqError(
+        f"unknown policy {text!r}",
+        f"use one of {known}, or a pair K:V of the codecs {', '.join(CODEC_NAMES)}",
+    )
+
+
+def parse_policies(text: str) -> list[Policy]:
+    """A comma-separated list of policies, without repeats."""
+    policies = [get_policy(part) for part in text.split(",") if part.strip()]
+    if not policies:
+        raise UsageError("no policy given", "for example `--policies 0,8,4,42`")
+    return list(dict.fromkeys(policies))
