@@ -1,0 +1,115 @@
+"""`kvq`: the commands, and the one place where errors become messages and exit codes."""
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from typing import Annotated
+
+import typer
+
+from kvq_cli.commands.doctor import doctor
+from kvq_cli.commands.policies import policies
+from kvq_cli.console import emit, show_error
+from kvq_core.errors import KvqError, UsageError
+
+INTERRUPTED = 130
+HELP = """Quantize the KV cache of a language model while it generates, and measure what that buys.
+
+kvq compare --policies 0,8,4,42   replay conversations under each policy, side by side
+kvq chat --policy 42              feel the difference
+kvq policies                      what each policy costs in memory
+"""
+
+app = typer.Typer(
+    name="kvq",
+    help=HELP,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for panel, commands in {
+    "Look around": (policies, doctor),
+}.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            emit(f"kvq {version('kvq-toolkit')}")
+        except PackageNotFoundError:
+            emit("kvq (not installed: run from its source tree)")
+        raise typer.Exit
+
+
+@app.callback()
+def _kvq(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    0; 1 for a user's mistake or a limit, 2 for a bad flag, 3 for a failed check, 130 for Ctrl-C.
+    """
+    # Set before transformers is imported; its advice to programmers is noise to the users of a command.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(_run(sys.argv[1:] if args is None else args))
+
+
+def _run(args: list[str]) -> int:
+    try:
+        code = app(args=args or ["--help"], prog_name="kvq", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`kvq policies | head -1`); nobody is left to tell, at exit included.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as exception:
+        error = as_kvq_error(exception)
+        if os.environ.get("KVQ_DEBUG"):
+            traceback.print_exc()
+        show_error(error)
+        return error.exit_code
+
+
+def as_kvq_error(exception: Exception) -> KvqError:
+    """The message, hint and exit code for any exception that reached the command line."""
+    if isinstance(exception, KvqError):
+        return exception
+    if hasattr(exception, "format_message"):
+        # Typer's own complaint about a flag; duck-typed, because only since 0.26 Typer carries its own click.
+        where = getattr(getattr(exception, "ctx", None), "command_path", "kvq")
+        return UsageError(exception.format_message(), f"`{where} --help` shows every option")
+    if isinstance(exception, OSError) and exception.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        where = f" {exception.filename}" if exception.filename else ""
+        return KvqError(f"cannot write{where}: {exception.strerror}", "free some space, or write elsewhere")
+    if isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError":
+        return KvqError(
+            "out of memory" + (f": {str(exception).splitlines()[0]}" if str(exception) else ""),
+            "a smaller --kv-memory, --gpu-memory-utilization, --max-num-seqs or --prefill-chunk",
+        )
+    with tempfile.NamedTemporaryFile("w", prefix="kvq-traceback-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(exception, file=file)
+    return KvqError(
+        f"unexpected {type(exception).__name__}: {exception}",
+        f"this is a fault of kvq; the traceback is in {file.name}, and `KVQ_DEBUG=1` prints it",
+    )
+
+
+if __name__ == "__main__":
+    main()

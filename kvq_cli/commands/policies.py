@@ -1,0 +1,5 @@
+"""`kvq policies`: what each policy costs."""
+
+
+def policies() -> None:
+    """List the policies."""
