@@ -7,6 +7,18 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How a rotated codec chooses its codes; none of it changes how bytes are read."""
+
+    norm_mode: str = "corrected"
+    """plain | corrected (decoded vectors keep their length) | unbiased (their projection on x is x)"""
+    residual: str = "abs"
+    """The residual scale of `turbo`: abs (least squares) | rms (as LMDeploy stores it)"""
+    candidates: tuple[float, ...] = (1.0,)
+    """Scales tried before rounding; the one with the least squared error after its best norm is kept."""
+
+
 class Codec(Protocol):
     """How one vector of one head at one token becomes bytes, and back; implemented in `kvq_core.codecs`."""
 
@@ -17,17 +29,18 @@ class Codec(Protocol):
     """Stored in the Hadamard-rotated basis: queries are rotated, or outputs rotated back."""
     num_meta: int
     """fp16 numbers stored beside the codes of a vector."""
+    encoder: EncoderOptions
 
     def code_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes of codes of one vector; `dtype` is the model's and matters to `none` alone."""
         ...
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., D] (already rotated, if `rotated`) -> codes [..., code_bytes] uint8, meta [..., num_meta] fp16."""
+        """[..., D], rotated if `rotated` -> codes [..., code_bytes] uint8, meta [..., num_meta] fp16."""
         ...
 
     def decode(self, codes: Tensor, meta: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """The inverse, [..., D] in `dtype`, still in the rotated basis."""
+        """The inverse, [..., D] in `dtype` (for `none` the stored one), still in the rotated basis."""
         ...
 
 
@@ -35,7 +48,7 @@ class Codec(Protocol):
 class PageLayout:
     """One (page, kv head) is a contiguous block of `block_bytes`:
 
-    | K codes [P, key_code_bytes] | V codes [P, value_code_bytes] | meta fp16 [key.num_meta + value.num_meta, P] |
+    | K codes [P, key_code_bytes] | V codes [P, value_code_bytes] | meta [num_meta, P] fp16, K's first |
 
     P is `page_size`. Pages of a layer are a uint8 tensor [num_pages, num_kv_heads, block_bytes].
     """
@@ -86,7 +99,7 @@ class PageLayout:
         return self.num_kv_heads * self.block_bytes
 
     def empty_pages(self, num_pages: int, device: torch.device | str) -> Tensor:
-        """[num_pages, num_kv_heads, block_bytes] uint8, zeroed: a record of zeros decodes to finite numbers."""
+        """[num_pages, num_kv_heads, block_bytes] uint8 zeros, which decode to finite numbers."""
         return torch.zeros(num_pages, self.num_kv_heads, self.block_bytes, dtype=torch.uint8, device=device)
 
 

@@ -1,0 +1,45 @@
+"""Numbers that codecs and kernels share: Lloyd-Max levels and the QJL projection."""
+
+import math
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+LEVELS: dict[int, tuple[float, ...]] = {
+    bits: tuple(-x for x in reversed(half)) + half
+    for bits, half in {
+        2: (0.45278003, 1.51041761),
+        3: (0.24509418, 0.75600528, 1.34390928, 2.1519457),
+        4: (
+            0.12839503, 0.3880483, 0.65675912, 0.94234046, 1.2562312, 1.61804639, 2.06901723, 2.73258957,
+        ),
+    }.items()
+}  # fmt: skip
+"""bits -> the levels of the Lloyd-Max quantizer of a unit normal, ascending: a code is an index into them.
+
+S. Lloyd, Least squares quantization in PCM (1982); J. Max, Quantizing for minimum distortion (1960).
+"""
+
+LARGEST = float(2**30)
+"""Encoders clamp to this: far beyond what fp16 metadata can express, and its square does not overflow."""
+
+
+def thresholds(bits: int) -> tuple[float, ...]:
+    """The 2^bits - 1 midpoints between levels: the code of y is the number of thresholds below y."""
+    levels = LEVELS[bits]
+    return tuple((a + b) / 2 for a, b in pairwise(levels))
+
+
+def qjl_scale(head_dim: int) -> float:
+    """What undoes the expected shrinking of `Sᵀ sign(S r) ‖r‖`."""
+    return math.sqrt(math.pi / 2) / head_dim
+
+
+@lru_cache(maxsize=32)
+def qjl_projection(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """S, [D, D] standard normal, the same for every layer, head and process."""
+    generator = torch.Generator().manual_seed(head_dim)
+    projection = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
+    return projection.to(device=device, dtype=dtype)
