@@ -38,12 +38,9 @@ for panel, commands in {
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
+        from kvq_core.bench.env import kvq_version
 
-        try:
-            emit(f"kvq {version('kvq-toolkit')}")
-        except PackageNotFoundError:
-            emit("kvq (not installed: run from its source tree)")
+        emit(f"kvq {kvq_version()}")
         raise typer.Exit
 
 

@@ -54,19 +54,24 @@ def emit_json(document: Any) -> None:
 
 
 def emit_table(title: str, columns: list[str], rows: list[list[str]], notes: tuple[str, ...] = ()) -> None:
-    """Data: a table; the first column is left-aligned, the others right-aligned."""
+    """Data: a table; columns of numbers are right-aligned."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
+        numeric = all(_is_number(row[index]) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     out().print(table)
     for note in notes:
         out().print(note, markup=False)
     sys.stdout.flush()
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("", "-") or cell.lstrip("+-")[:1].isdigit()
 
 
 def say(text: str) -> None:
