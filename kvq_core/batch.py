@@ -1,6 +1,6 @@
 """What one step carries: packed tokens, decodes first (one token each), then prompt chunks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -19,11 +19,13 @@ class GroupTables:
 
 @dataclass
 class Batch:
-    """B decodes (tokens 0..B-1), then C prompt chunks; T tokens together."""
+    """B decodes (tokens 0 … B-1), then C prompt chunks; T tokens together."""
 
     num_decodes: int
+    positions: Tensor
+    """[T] int64: position of each token in its request."""
     context_lens: Tensor
-    """[B] int32: tokens of each decoding request, this step's included."""
+    """[B] int32: tokens of each decoding request, this step's included; 0 marks padding."""
     cu_chunk_lens: Tensor
     """[C + 1] int32: chunk boundaries, counted from the first chunk token."""
     history_lens: Tensor
@@ -31,10 +33,14 @@ class Batch:
     max_chunk: int
     """Longest chunk (0 without chunks)."""
     max_history: int
+    max_context: int
+    """At least the longest context of a decode; bounds the block table columns that are read."""
     groups: list[GroupTables]
-    decode_rings: Tensor | None = None
+    decode_rings: Tensor
     """[B] int32: the row of each decoding request in the raw windows."""
-    prefill_rings: Tensor | None = None
+    prefill_rings: Tensor
     """[C] int32"""
-    tokens_written: dict[int, int] = field(default_factory=dict)
-    """layer -> tokens stored, filled by the attention function and checked on the first forward."""
+    token_rings: Tensor
+    """[T - B] int32: the same for every chunk token."""
+    raw_keep: Tensor
+    """[T - B] bool: chunk tokens that belong in the raw window, none of them superseded by a later one."""

@@ -80,9 +80,7 @@ def get_policy(spec: "int | str | Policy") -> Policy:
         return Policy(f"{key}:{value}", key, value, summary=f"K {key}, V {value}")
     if not colon and text in CODEC_NAMES:
         return Policy(text, text, text, summary=f"K and V {text}")
-    known = ", ".join(
-        f"{p.number} ({p.name})" if p.number is not None else p.name for p in REGISTRY
-    )
+    known = ", ".join(f"{p.number} ({p.name})" if p.number is not None else p.name for p in REGISTRY)
     raise KvqError(
         f"unknown policy {text!r}",
         f"use one of {known}, or a pair K:V of the codecs {', '.join(CODEC_NAMES)}",

@@ -1,0 +1,108 @@
+"""The cache in memory: uint8 pages, block tables on the device, raw windows, swapping to the host."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from kvq_kernels.layout import PageLayout, RawWindow
+from torch import Tensor
+
+from kvq_core.cache.blocks import BlockManager
+from kvq_core.cache.plan import CachePlan
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What the attention of one layer needs: its pages [num_pages, Hkv, block_bytes], and how to read them."""
+
+    pages: Tensor
+    layout: PageLayout
+    group: int
+    window: int
+    raw: RawWindow | None
+
+
+class PagedCache:
+    """Allocates what a `CachePlan` says. Row `max_num_seqs` of tables and raw windows takes padding."""
+
+    def __init__(self, plan: CachePlan, device: torch.device, dtype: torch.dtype, max_tokens: int) -> None:
+        self.plan = plan
+        self.device = device
+        self.blocks = BlockManager(
+            [g.shape for g in plan.groups], plan.page_size, plan.max_num_seqs, max_tokens
+        )
+        self.group_pages: list[Tensor] = []
+        self.tables: list[Tensor] = []
+        layers: dict[int, LayerCache] = {}
+        window = plan.policy.sink + plan.policy.recent
+        for index, group in enumerate(plan.groups):
+            layout = group.layout
+            pages = layout.empty_pages(len(group.layers) * group.num_pages, device)
+            pages = pages.view(len(group.layers), group.num_pages, *pages.shape[1:])
+            self.group_pages.append(pages)
+            table = torch.from_numpy(self.blocks.groups[index].table)
+            self.tables.append(table if device.type == "cpu" else table.to(device))
+            for i, layer in enumerate(group.layers):
+                raw = None
+                if window:
+                    shape = (plan.max_num_seqs + 1, window, layout.num_kv_heads)
+                    raw = RawWindow(
+                        plan.policy.sink,
+                        plan.policy.recent,
+                        torch.zeros(*shape, layout.key_dim, dtype=dtype, device=device),
+                        torch.zeros(*shape, layout.value_dim, dtype=dtype, device=device),
+                    )
+                layers[layer] = LayerCache(pages[i], layout, index, group.window, raw)
+        self.layers = [layers[i] for i in range(len(layers))]
+        self._swapped: dict[int, tuple[list[Tensor], list[tuple[Tensor, Tensor]]]] = {}
+
+    def sync_tables(self) -> None:
+        """Bring the device's block tables up to date; on a CPU they share the host's memory."""
+        for group, table in zip(self.blocks.groups, self.tables, strict=True):
+            if self.device.type != "cpu" and group.dirty:
+                rows = sorted(group.dirty)
+                host = torch.from_numpy(group.table[rows]).pin_memory()
+                index = torch.tensor(rows).pin_memory().to(self.device, non_blocking=True)
+                table.index_copy_(0, index, host.to(self.device, non_blocking=True))
+            group.dirty.clear()
+
+    def swap_out(self, key: int, row: int, pages: list[list[int]]) -> None:
+        """Copy a row's pages and raw windows to the host, unchanged, under `key`."""
+        copies = [
+            self._to_host(stack[:, torch.tensor(ids, device=self.device, dtype=torch.long)])
+            for stack, ids in zip(self.group_pages, pages, strict=True)
+        ]
+        raw = [
+            (self._to_host(layer.raw.keys[row]), self._to_host(layer.raw.values[row]))
+            for layer in self.layers
+            if layer.raw is not None
+        ]
+        self._swapped[key] = copies, raw
+
+    def swap_in(self, key: int, row: int, pages: list[list[int]]) -> None:
+        """Copy what `swap_out` kept under `key` into a row's new pages."""
+        copies, raw = self._swapped.pop(key)
+        for stack, ids, copy in zip(self.group_pages, pages, copies, strict=True):
+            ids = ids[: copy.shape[1]]
+            stack[:, torch.tensor(ids, device=self.device, dtype=torch.long)] = copy.to(
+                self.device, non_blocking=True
+            )
+        with_raw = [layer.raw for layer in self.layers if layer.raw is not None]
+        for window, (keys, values) in zip(with_raw, raw, strict=True):
+            window.keys[row].copy_(keys, non_blocking=True)
+            window.values[row].copy_(values, non_blocking=True)
+
+    def drop_swapped(self, key: int) -> None:
+        self._swapped.pop(key, None)
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return tensor.clone()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    def slots(self, group: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """page · page_size + row in the page, int64, for each (row, position)."""
+        size = self.plan.page_size
+        pages = self.blocks.groups[group].table[rows, positions // size].astype(np.int64)
+        return pages * size + positions % size

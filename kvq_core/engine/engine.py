@@ -1,0 +1,166 @@
+"""The engine: schedule, run, update."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvq_core.cache.paged import PagedCache
+from kvq_core.cache.plan import CachePlan
+from kvq_core.config import EngineConfig, SamplingParams
+from kvq_core.engine.memory import fit_cache
+from kvq_core.engine.request import Request, RequestOutput, Status
+from kvq_core.engine.runner import ModelRunner, PendingTokens
+from kvq_core.engine.scheduler import Scheduler, SchedulerConfig, Step
+from kvq_core.errors import KvqError
+from kvq_core.models import LoadedModel
+
+
+class Engine:
+    """Generates for many requests at a time on one model with a quantized, paged KV cache.
+
+    `config` is the resolved configuration: nothing in it is "auto" any more.
+    Raises `KvqError` where the cache does not fit or a codec can't take the model's head dim.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.config, self.plan = fit_cache(model, config)
+        on_gpu = model.device.type == "cuda"
+        assert self.config.max_model_len and self.config.max_num_batched_tokens
+        self.cache = PagedCache(self.plan, model.device, model.dtype, self.config.max_model_len)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                prefill_chunk=self.config.prefill_chunk,
+                token_budget=self.config.max_num_batched_tokens,
+                swap_memory=self.config.swap_memory,
+                row_bytes=self.plan.raw_bytes_per_request,
+                exact_recompute=not self.plan.policy.is_quantized,
+            ),
+            self.cache.blocks,
+        )
+        self.runner = ModelRunner(
+            model, self.cache, self.config.seed, use_graphs=on_gpu and not self.config.enforce_eager
+        )
+        self.runner.capture(progress)
+        self._depth = 1 if on_gpu else 0
+        """Steps that run on the device while the host plans the next."""
+        self._in_flight: deque[tuple[Step, PendingTokens]] = deque()
+        self._requests: dict[int, Request] = {}
+        self._next_id = 0
+        self._eos = set(model.geometry.eos_token_ids)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._in_flight) or self.scheduler.has_work
+
+    def add_request(self, prompt_ids: list[int], params: SamplingParams) -> int:
+        """Queue a prompt of token ids; returns the request's id.
+
+        Raises `KvqError` for a prompt that is empty, has ids outside the vocabulary, or leaves no room for a
+        token. Answers end early, with reason "length", where the model's or the cache's limit is reached.
+        """
+        room = self.plan.max_request_tokens
+        if not prompt_ids:
+            raise KvqError("the prompt is empty", "give at least one token")
+        vocab = self.model.geometry.vocab_size
+        if not (0 <= min(prompt_ids) and max(prompt_ids) < vocab):
+            raise KvqError(f"the prompt has token ids outside 0 … {vocab - 1}", "was another tokenizer used?")
+        if len(prompt_ids) >= room:
+            limit = self.config.max_model_len or room
+            what, mend = (
+                (f"{self.model.name} takes {limit} tokens", "shorten the prompt")
+                if len(prompt_ids) >= limit
+                else (f"the KV cache holds {room}", "give the cache more `--kv-memory`")
+            )
+            raise KvqError(f"a prompt of {len(prompt_ids)} tokens is too long: {what}, answer included", mend)
+        request = Request(
+            id=self._next_id,
+            prompt=list(prompt_ids),
+            params=params,
+            max_tokens=min(params.max_new_tokens, room - len(prompt_ids)),
+        )
+        self._next_id += 1
+        self._requests[request.id] = request
+        self.scheduler.add(request)
+        return request.id
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return what is new; empty while the first step is under way or nothing is queued."""
+        step = self.scheduler.schedule()
+        if not step.is_empty:
+            self._in_flight.append((step, self.runner.run(step)))
+        if self._in_flight and (step.is_empty or len(self._in_flight) > self._depth):
+            return self._update(*self._in_flight.popleft())
+        if step.is_empty and self.scheduler.has_work:
+            raise AssertionError("the scheduler has work but plans no step")
+        return []
+
+    def cancel(self, request_id: int) -> None:
+        """Stop a request and free its pages; unknown and finished ids are ignored."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._finish(request)
+
+    def reset_stats(self) -> None:
+        self.scheduler.preemptions = 0
+        self.cache.blocks.reset_peak()
+
+    def kv_stats(self) -> dict[str, Any]:
+        """What the cache holds and costs; the `kv` part of a run record."""
+        plan = self.plan
+        return {
+            "bits_per_element": plan.bits_per_element,
+            "bytes_per_token": plan.bytes_per_token,
+            "memory_bytes": plan.memory_bytes,
+            "page_size": plan.page_size,
+            "pages": sum(g.num_pages - 1 for g in plan.groups),
+            "capacity_tokens": plan.capacity_tokens,
+            "capacity_ratio": plan.capacity_ratio,
+            "raw_window_bytes": plan.max_num_seqs * plan.raw_bytes_per_request,
+            "peak_tokens": self.cache.blocks.peak_tokens,
+            "tokens": self.cache.blocks.tokens,
+            "preemptions": self.scheduler.preemptions,
+        }
+
+    def close(self) -> None:
+        """Drop all requests and give the cache's memory back; the model stays."""
+        self._in_flight.clear()
+        self._requests.clear()
+        del self.runner, self.scheduler, self.cache
+        if self.model.device.type == "cuda":
+            import gc
+
+            torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _update(self, step: Step, pending: PendingTokens) -> list[RequestOutput]:
+        tokens, now, outputs = pending.get(), time.perf_counter(), []
+        for request, token in zip(step.sampled, tokens, strict=True):
+            if request.status is Status.FINISHED:
+                continue  # ended while this step was under way
+            request.output.append(token)
+            reason = self._finish_reason(request, token)
+            if reason:
+                self._finish(request)
+                del self._requests[request.id]
+            outputs.append(RequestOutput(request.id, [token], reason is not None, reason, now))
+        return outputs
+
+    def _finish_reason(self, request: Request, token: int) -> str | None:
+        if token in request.params.stop_token_ids or (token in self._eos and not request.params.ignore_eos):
+            return "stop"
+        return "length" if len(request.output) >= request.max_tokens else None
+
+    def _finish(self, request: Request) -> None:
+        if request.status is Status.SWAPPED:
+            self.cache.drop_swapped(request.id)
+        self.scheduler.finish(request)

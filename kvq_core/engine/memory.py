@@ -1,0 +1,142 @@
+"""How much memory the cache gets: resolves "auto" in an `EngineConfig` and plans the pages."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from kvq_core.cache.paged import PagedCache
+from kvq_core.cache.plan import CachePlan, plan_cache
+from kvq_core.config import EngineConfig, SamplingParams
+from kvq_core.engine.request import Request
+from kvq_core.engine.scheduler import Chunk, Step
+from kvq_core.errors import KvqError, UsageError
+from kvq_core.models import LoadedModel
+
+_CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
+"""On a CPU the cache takes a quarter of the free memory, and no more than 4 GiB, unless told."""
+_GRAPH_RESERVE = 512 << 20
+"""Kept free for CUDA graphs and the allocator's fragments."""
+
+
+def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, CachePlan]:
+    """The resolved configuration and the plan of the largest cache that it allows.
+
+    With `kv_memory` the cache takes that; else, on a GPU, what `gpu_memory_utilization` leaves beside the
+    weights and the measured peak of a full prompt step.
+    """
+    if config.tp != 1:
+        raise UsageError(f"tp={config.tp} is reserved", "run on one GPU with tp=1")
+    geometry = model.geometry
+    limit = config.max_model_len or geometry.max_model_len
+    if limit > geometry.max_model_len:
+        raise UsageError(
+            f"max_model_len {limit} is more than the {geometry.max_model_len} that {model.name} takes"
+        )
+    on_gpu = model.device.type == "cuda"
+    budget = config.max_num_batched_tokens or (
+        config.max_num_seqs + config.prefill_chunk * (4 if on_gpu else 1)
+    )
+    if budget < config.prefill_chunk + 1:
+        raise UsageError(
+            f"max_num_batched_tokens {budget} is below prefill_chunk + 1 = {config.prefill_chunk + 1}",
+            "a step must be able to carry a whole chunk and a decode",
+        )
+    config = config.replace(
+        policy=config.resolved_policy(),
+        max_model_len=limit,
+        max_num_batched_tokens=budget,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+    )
+    memory = config.kv_memory or (_free_gpu_memory(model, config) if on_gpu else _free_host_memory())
+    plan = _plan(model, config, memory)
+    _check_allocatable(model, plan)
+    return config.replace(kv_memory=memory), plan
+
+
+def _plan(model: LoadedModel, config: EngineConfig, memory: int) -> CachePlan:
+    assert config.max_model_len
+    return plan_cache(
+        model.geometry,
+        config.resolved_policy(),
+        memory,
+        page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
+        prefill_chunk=config.prefill_chunk,
+        max_model_len=config.max_model_len,
+        dtype=model.dtype,
+    )
+
+
+def _check_allocatable(model: LoadedModel, plan: CachePlan) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = _available_host_bytes()
+    if plan.memory_bytes > free:
+        raise KvqError(
+            f"the KV cache needs {plan.memory_bytes / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free",
+            "lower `--kv-memory`, or close what else uses the memory",
+        )
+
+
+def _available_host_bytes() -> int:
+    """Memory that can be had without swapping: Linux counts its file cache in, elsewhere free pages are all."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_host_memory() -> int:
+    return min(int(_available_host_bytes() * _CPU_SHARE), _CPU_MOST)
+
+
+def _free_gpu_memory(model: LoadedModel, config: EngineConfig) -> int:
+    peak = _measure_peak(model, config)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(model.device)
+    memory = int(free - total * (1 - config.gpu_memory_utilization) - peak - _GRAPH_RESERVE)
+    if memory <= 0:
+        raise KvqError(
+            f"no memory is left for the KV cache: {free / 2**30:.1f} GiB are free beside the weights, a full"
+            f" prompt step needs {peak / 2**30:.1f} GiB, and {1 - config.gpu_memory_utilization:.0%} of the"
+            " device stay unused",
+            "raise `--gpu-memory-utilization`, or lower `--prefill-chunk` or `--max-num-seqs`",
+        )
+    return memory
+
+
+def _measure_peak(model: LoadedModel, config: EngineConfig) -> int:
+    """Bytes that the largest step allocates beside weights and cache: chunks that fill the token budget."""
+    from kvq_core.engine.runner import ModelRunner
+
+    assert config.max_num_batched_tokens and config.max_model_len
+    lengths, left = [], config.max_num_batched_tokens
+    while left > 0 and len(lengths) < config.max_num_seqs:
+        lengths.append(min(left, config.prefill_chunk, config.max_model_len))
+        left -= lengths[-1]
+    small = config.replace(max_num_seqs=len(lengths))
+    layers = _plan(model, small, 1 << 50)
+    pages = sum(-(-n // config.page_size) for n in lengths) + len(lengths) + 1
+    memory = sum(pages * g.page_bytes for g in layers.groups) + len(lengths) * layers.raw_bytes_per_request
+    plan = _plan(model, small, memory)
+    cache = PagedCache(plan, model.device, model.dtype, config.max_model_len)
+    runner = ModelRunner(model, cache, 0, use_graphs=False)
+    step = Step()
+    for i, length in enumerate(lengths):
+        request = Request(i, [0] * length, SamplingParams(), 1)
+        request.row = cache.blocks.take_row()
+        assert cache.blocks.extend(request.row, [length] * len(plan.groups))
+        step.chunks.append(Chunk(request, 0, length))
+        step.sampled_chunks.append(i)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    runner.run(step).get()
+    return torch.cuda.max_memory_allocated(model.device) - before

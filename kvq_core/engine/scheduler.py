@@ -1,0 +1,244 @@
+"""What the next step does; pure Python, no torch.
+
+Decodes and prompt chunks share a step under a token budget. When pages run out, the youngest request is
+preempted: its pages go to host memory and come back unchanged, or, where host memory is short, it is
+computed again. Chunk boundaries depend on the prompt alone, so that load never changes a result.
+"""
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+
+from kvq_core.cache.blocks import BlockManager
+from kvq_core.engine.request import Request, Status
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    prefill_chunk: int
+    token_budget: int
+    """Tokens a step may carry; a whole chunk has to fit."""
+    swap_memory: int
+    """Bytes of host memory for preempted requests."""
+    row_bytes: int
+    """Bytes a request keeps beside its pages (its raw window), swapped along with them."""
+    exact_recompute: bool
+    """Whether outputs may be computed again as if they were a prompt: only where nothing is quantized."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start … end - 1 of a request, processed together."""
+
+    request: Request
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The pages of one request to copy, for each group, and its row."""
+
+    request: Request
+    row: int
+    pages: list[list[int]]
+
+
+@dataclass
+class Step:
+    """One step: copy `swap_out`, then `swap_in`, set the `forced` input tokens, then run the forward."""
+
+    decodes: list[Request] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    context_lens: list[int] = field(default_factory=list)
+    """Of each decode, this step's token included."""
+    swap_out: list[Swap] = field(default_factory=list)
+    swap_in: list[Swap] = field(default_factory=list)
+    forced: dict[int, int] = field(default_factory=dict)
+    """Row -> input token of a decode, where the host knows it; elsewhere the device holds it."""
+    sampled_decodes: list[int] = field(default_factory=list)
+    """Indices of the decodes whose next token is new."""
+    sampled_chunks: list[int] = field(default_factory=list)
+    """Indices of the chunks that end in a new token."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.decodes or self.chunks or self.swap_out or self.swap_in)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(c.end - c.start for c in self.chunks)
+
+    @property
+    def sampled(self) -> list[Request]:
+        """The requests that get a token, decodes first."""
+        return [self.decodes[i] for i in self.sampled_decodes] + [
+            self.chunks[i].request for i in self.sampled_chunks
+        ]
+
+    def holds(self, request: Request) -> bool:
+        return request in self.decodes or any(c.request is request for c in self.chunks)
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.waiting: deque[Request] = deque()
+        self.swapped: deque[Request] = deque()
+        self.running: list[Request] = []
+        """Oldest first."""
+        self.preemptions = 0
+        self._swap_free = config.swap_memory
+        self._swap_held: dict[int, tuple[list[tuple[int, int]], int]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.swapped or self.running)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def schedule(self) -> Step:
+        """Plan the next step and advance every request in it; empty if nothing can run."""
+        step = Step()
+        budget = self.config.token_budget
+        for request in list(self.running):
+            if request.status is Status.RUNNING and not request.is_prefilling:
+                budget -= self._schedule_decode(request, step)
+        for request in list(self.running):
+            if request.status is Status.RUNNING and request.is_prefilling:
+                budget -= self._schedule_chunk(request, step, budget)
+        # Whoever was preempted comes back before anybody new; in a step that preempts, nobody comes.
+        if not step.swap_out:
+            budget = self._swap_in(step, budget)
+            if not self.swapped:
+                self._admit(step, budget)
+        return step
+
+    def finish(self, request: Request) -> None:
+        """Take a request out, wherever it is, and free what it holds."""
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+            self.blocks.release(request.row)
+        elif request.status is Status.SWAPPED:
+            self.swapped.remove(request)
+            self._swap_free += self._swap_held.pop(request.id)[1]
+        elif request.status is Status.WAITING:
+            self.waiting.remove(request)
+        request.status = Status.FINISHED
+        request.row = -1
+
+    def _schedule_decode(self, request: Request, step: Step) -> int:
+        total = len(request.prompt) + request.scheduled_outputs
+        if request.scheduled_outputs >= request.max_tokens and request.computed >= total - 1:
+            return 0  # its last token is in flight
+        position = request.computed
+        self.blocks.trim(request.row, position)
+        if not self._extend(request, position + 1, step):
+            return 0
+        if position < request.known:
+            step.forced[request.row] = request.token(position)
+        request.computed += 1
+        if request.computed == total:
+            request.scheduled_outputs += 1
+            step.sampled_decodes.append(len(step.decodes))
+        step.decodes.append(request)
+        step.context_lens.append(request.computed)
+        return 1
+
+    def _schedule_chunk(self, request: Request, step: Step, budget: int) -> int:
+        size, start = self.config.prefill_chunk, request.computed
+        end = min((start // size + 1) * size, request.prefill_len)
+        if end - start > budget:
+            return 0
+        self.blocks.trim(request.row, start)
+        if not self._extend(request, end, step):
+            return 0
+        self._run_chunk(request, start, end, step)
+        return end - start
+
+    def _run_chunk(self, request: Request, start: int, end: int, step: Step) -> None:
+        request.computed = end
+        if end == len(request.prompt) + request.scheduled_outputs:
+            request.scheduled_outputs += 1
+            step.sampled_chunks.append(len(step.chunks))
+        step.chunks.append(Chunk(request, start, end))
+
+    def _extend(self, request: Request, tokens: int, step: Step) -> bool:
+        """Pages for `tokens` tokens, at the cost of the youngest requests; False if there are none to be had."""
+        while not self.blocks.extend(request.row, [tokens] * len(self.blocks.groups)):
+            victim = self.running[-1]
+            if step.holds(victim):
+                return False
+            self._preempt(victim, step)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request, step: Step) -> None:
+        self.preemptions += 1
+        self.running.remove(request)
+        held = self.blocks.held(request.row)
+        size = self.config.row_bytes + sum(
+            len(pages) * group.shape.page_bytes
+            for (_, pages), group in zip(held, self.blocks.groups, strict=True)
+        )
+        if request.computed and size <= self._swap_free:
+            self._swap_free -= size
+            self._swap_held[request.id] = ([(first, len(pages)) for first, pages in held], size)
+            step.swap_out.append(Swap(request, request.row, [pages for _, pages in held]))
+            request.status = Status.SWAPPED
+            self.swapped.appendleft(request)
+        else:
+            request.computed = 0
+            request.status = Status.WAITING
+            self.waiting.appendleft(request)
+        self.blocks.release(request.row)
+        request.row = -1
+
+    def _resume(self, request: Request) -> None:
+        request.row = self.blocks.take_row()
+        request.status = Status.RUNNING
+        insort(self.running, request, key=lambda r: r.id)
+
+    def _awaits_token(self, request: Request) -> bool:
+        """Whether a step in flight still has to deliver a token of a preempted request."""
+        return request.known < len(request.prompt) + request.scheduled_outputs
+
+    def _swap_in(self, step: Step, budget: int) -> int:
+        while self.swapped and self.blocks.has_free_row and budget > 0:
+            request = self.swapped[0]
+            held, size = self._swap_held[request.id]
+            if self._awaits_token(request) or not self.blocks.can_restore(held, request.computed + 1):
+                return budget
+            self.swapped.popleft()
+            del self._swap_held[request.id]
+            self._swap_free += size
+            self._resume(request)
+            self.blocks.restore(request.row, held, request.computed)
+            step.swap_in.append(
+                Swap(request, request.row, [pages for _, pages in self.blocks.held(request.row)])
+            )
+            if not request.is_prefilling:
+                budget -= self._schedule_decode(request, step)
+        return budget
+
+    def _admit(self, step: Step, budget: int) -> None:
+        while self.waiting and self.blocks.has_free_row:
+            request = self.waiting[0]
+            if self._awaits_token(request):
+                return
+            if request.scheduled_outputs and self.config.exact_recompute:
+                request.prefill_len = request.known
+            end = min(self.config.prefill_chunk, request.prefill_len)
+            # A group without a window gives the whole prompt its pages now, so that prompts never wait for
+            # each other half-way, and keeps a page back for every running request, which will want one soon.
+            tokens = [end if group.shape.window else request.prefill_len for group in self.blocks.groups]
+            if end > budget or not self.blocks.can_admit(tokens, reserve=len(self.running)):
+                return
+            self.waiting.popleft()
+            self._resume(request)
+            self.blocks.extend(request.row, tokens)
+            self._run_chunk(request, 0, end, step)
+            budget -= end
