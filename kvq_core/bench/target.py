@@ -59,7 +59,8 @@ class Target(Protocol):
         ...
 
     def kv_stats(self) -> dict[str, Any]:
-        """`bits_per_element, bytes_per_token, memory_bytes, pages, capacity_tokens, peak_tokens, preemptions`."""
+        """`bits_per_element, bytes_per_token, memory_bytes, pages, capacity_tokens, peak_tokens,
+        preemptions`."""
         ...
 
     def close(self) -> None: ...

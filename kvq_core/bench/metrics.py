@@ -1,0 +1,83 @@
+"""The figures of a run, from the traces of its requests. Names are those of `vllm bench serve`."""
+
+from collections.abc import Iterable, Sequence
+
+from kvq_core.bench.trace import RequestTrace
+
+PERCENTILES = (50, 90, 95, 99)
+LATENCIES = ("ttft", "tpot", "itl", "e2el")
+
+DEFINITIONS = {
+    "TTFT": "time to first token: from the moment the request is sent, queueing included",
+    "TPOT": "time per output token: (last - first) / (n - 1) of each request with n > 1 tokens",
+    "ITL": "inter-token latency: every gap between arrivals, all requests together",
+    "E2E": "end to end: from sending to the last token",
+    "throughput": "completed requests, and their input and output tokens, by the seconds from the first "
+    "send to the last event; warm-up excluded",
+    "failed": "requests that ended in an error or short of the tokens asked for: excluded from latencies "
+    "and throughput, always shown",
+}
+"""What each figure means; printed by `--help`."""
+
+Metrics = dict[str, float | int | None]
+
+
+def summarize(traces: Sequence[RequestTrace], duration: float) -> Metrics:
+    """Every figure of a run record for requests measured over `duration` seconds.
+
+    Only requests that succeeded count; a latency that none of them has is None.
+    """
+    good = [trace for trace in traces if trace.succeeded]
+    tpots = (trace.tpot for trace in good)
+    samples = {
+        "ttft": [trace.ttft for trace in good],
+        "tpot": [tpot for tpot in tpots if tpot is not None],
+        "itl": [gap for trace in good for gap in trace.itl],
+        "e2el": [trace.e2el for trace in good],
+    }
+    input_tokens = sum(trace.input_len for trace in good)
+    output_tokens = sum(trace.tokens for trace in good)
+    metrics: Metrics = {
+        "duration": duration,
+        "completed": len(good),
+        "failed": sum(trace.error is not None for trace in traces),
+        "unfinished": sum(trace.ended is None for trace in traces),
+        "total_input_tokens": input_tokens,
+        "total_output_tokens": output_tokens,
+        "request_throughput": rate(len(good), duration),
+        "input_throughput": rate(input_tokens, duration),
+        "output_throughput": rate(output_tokens, duration),
+        "total_token_throughput": rate(input_tokens + output_tokens, duration),
+    }
+    for name in LATENCIES:
+        metrics |= distribution(name, samples[name])
+    return metrics
+
+
+def rate(count: int, duration: float) -> float:
+    return count / duration if duration > 0 else 0.0
+
+
+def distribution(name: str, seconds: Iterable[float]) -> Metrics:
+    """`mean_X_ms, median_X_ms, std_X_ms, p50_X_ms, ...`: population deviation, linear percentiles."""
+    values = sorted(value * 1e3 for value in seconds)
+    mean = sum(values) / len(values) if values else None
+    deviation = None
+    if mean is not None:
+        deviation = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
+    return {
+        f"mean_{name}_ms": mean,
+        f"median_{name}_ms": percentile(values, 50),
+        f"std_{name}_ms": deviation,
+        **{f"p{p}_{name}_ms": percentile(values, p) for p in PERCENTILES},
+    }
+
+
+def percentile(ordered: Sequence[float], p: float) -> float | None:
+    """The p-th percentile of sorted values, interpolated linearly between neighbours (numpy's default)."""
+    if not ordered:
+        return None
+    position = (len(ordered) - 1) * p / 100
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)

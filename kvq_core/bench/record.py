@@ -1,0 +1,254 @@
+"""Run records: one JSON object a run, from which every table and picture is made."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvq_core.errors import KvqError
+
+SCHEMA_VERSION = 1
+PARTS = ("policy", "model", "env", "engine", "workload", "kv")
+REQUIRED = (
+    "label",
+    "complete",
+    "policy",
+    "model",
+    "env",
+    "workload",
+    "kv",
+    "duration",
+    "completed",
+    "failed",
+)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one benchmark run measured, and under what conditions.
+
+    `metrics` are the figures of `metrics.summarize`; they lie at the top level of the JSON object.
+    """
+
+    label: str
+    complete: bool
+    """False: interrupted, or the target broke; the figures cover what was measured until then."""
+    policy: dict[str, Any]
+    model: dict[str, Any]
+    env: dict[str, Any]
+    workload: dict[str, Any]
+    kv: dict[str, Any]
+    metrics: dict[str, float | int | None]
+    engine: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    """Message -> number of requests that failed with it."""
+    note: str | None = None
+    """What a reader must know before using the figures."""
+
+    @property
+    def name(self) -> str:
+        """The label with LMDeploy's number in front, where the policy has one: `42 turbo`."""
+        number = self.policy.get("number")
+        return self.label if number is None or self.label == str(number) else f"{number} {self.label}"
+
+    @property
+    def concurrency(self) -> int | None:
+        return self.workload.get("concurrency")
+
+    def get(self, key: str) -> float | None:
+        """A figure by its name, of the metrics or of `kv`."""
+        return self.metrics.get(key, self.kv.get(key))
+
+    def to_dict(self) -> dict[str, Any]:
+        document: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "complete": self.complete,
+            "label": self.label,
+            "policy": self.policy,
+            "model": self.model,
+            "env": self.env,
+            "engine": self.engine,
+            "workload": self.workload,
+            "kv": self.kv,
+            **self.metrics,
+            "errors": self.errors,
+        }
+        return document | ({"note": self.note} if self.note else {})
+
+    @classmethod
+    def from_dict(cls, document: Any, where: str) -> "RunRecord":
+        """The inverse of `to_dict`; `KvqError` naming `where` for anything that is no run record."""
+        if not isinstance(document, dict) or "schema_version" not in document:
+            raise KvqError(
+                f"{where} is not a run record",
+                "give files written by `kvq profile-throughput --output` or `kvq compare --output`",
+            )
+        version = document["schema_version"]
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise KvqError(
+                f"{where} has schema version {version}; this kvq knows up to {SCHEMA_VERSION}",
+                "read it with the kvq that wrote it, or a newer one",
+            )
+        missing = [key for key in REQUIRED if key not in document]
+        wrong = [key for key in PARTS if not isinstance(document.get(key, {}), dict)]
+        wrong += [key for key, value in document.items() if key.endswith("_ms") and not _is_figure(value)]
+        if missing or wrong:
+            problem = f"lacks {', '.join(missing)}" if missing else f"has a wrong {', '.join(wrong)}"
+            raise KvqError(f"{where} is a damaged run record: it {problem}", "measure it again")
+        return cls(
+            label=str(document["label"]),
+            complete=bool(document["complete"]),
+            metrics={
+                key: value
+                for key, value in document.items()
+                if key not in ("schema_version", "complete") and _is_figure(value)
+            },
+            errors=document.get("errors", {}),
+            note=document.get("note"),
+            **{key: document.get(key, {}) for key in PARTS},
+        )
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def read_records(paths: Iterable[Path]) -> list[RunRecord]:
+    """The records of all files, each of which holds one or a list of them.
+
+    Raises `KvqError` for a missing, unreadable, truncated or empty file, and for other JSON.
+    """
+    records = []
+    for path in paths:
+        document = read_json(path)
+        documents = document if isinstance(document, list) else [document]
+        if not documents:
+            raise KvqError(
+                f"{path} holds no run record", "was its run interrupted before it measured anything?"
+            )
+        for number, part in enumerate(documents, 1):
+            where = str(path) if len(documents) == 1 else f"{path}, record {number},"
+            records.append(RunRecord.from_dict(part, where))
+    return records
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document in a file, or a `KvqError` that says what is wrong with it."""
+    return parse_json(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise KvqError(f"no file {path}", "check the path") from None
+    except OSError as error:
+        raise KvqError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    if not data.strip():
+        raise KvqError(f"{path} is empty", "a download or run that was cut off? Get the file again")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise KvqError(
+            f"{path} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}",
+            "save it as UTF-8, or get the file again",
+        ) from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        what = "ends in the middle of its JSON" if cut else f"is not JSON: {error.msg}"
+        raise KvqError(
+            f"{path} {what} (line {error.lineno}, column {error.colno})",
+            "a download or run that was cut off? Get the file again"
+            if cut
+            else "it must hold one JSON document",
+        ) from error
+    except RecursionError as error:
+        raise KvqError(f"{path} is nested too deeply for JSON data") from error
+
+
+def requests_path(path: Path) -> Path:
+    """Where the rows of a record's requests go: `NAME.requests.jsonl` beside `NAME.json`."""
+    return path.with_name((path.stem if path.suffix == ".json" else path.name) + ".requests.jsonl")
+
+
+def check_output(path: Path) -> None:
+    """Make sure, before anything is measured, that `path` can be written; creates its folder."""
+    if path.is_dir():
+        raise KvqError(f"{path} is a folder", "--output takes the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise KvqError(
+            f"cannot write {path}: {error.strerror or error}", "choose another place for --output"
+        ) from error
+
+
+def write_records(path: Path, documents: Any, rows: Sequence[dict[str, Any]] = ()) -> None:
+    """Write a record, or a list of them, and the rows of their requests, each file in one stroke.
+
+    On a full disk or where writing is forbidden, what was measured goes to the folder for temporary files,
+    or else to stdout, and a `KvqError` says where.
+    """
+    text = json.dumps(documents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    try:
+        write_atomic(path, text)
+        if rows:
+            write_atomic(requests_path(path), lines)
+    except OSError as error:
+        kept = _rescue(path.name, text)
+        raise KvqError(
+            f"cannot write {error.filename or path}: {error.strerror or error}",
+            f"what was measured is {kept}; free some space, or choose another place for --output",
+        ) from error
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text`: a reader sees the old file or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _rescue(name: str, text: str) -> str:
+    """Keep `text` somewhere; returns where."""
+    try:
+        handle, place = tempfile.mkstemp(prefix=f"{Path(name).stem}.", suffix=".json")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            os.unlink(place)
+            raise
+        return f"kept in {place}"
+    except OSError:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return "printed above, on stdout"

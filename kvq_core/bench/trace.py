@@ -1,0 +1,71 @@
+"""What was seen of one request: when it was sent, when tokens came, how it ended."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+
+@dataclass
+class RequestTrace:
+    """Times are seconds on the target's clock."""
+
+    index: int
+    input_len: int
+    output_len: int
+    """Tokens asked for."""
+    sent: float
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    """(time, number of tokens) of every event that carried tokens."""
+    ended: float | None = None
+    """None: still running when the run was interrupted."""
+    error: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(count for _, count in self.arrivals)
+
+    @property
+    def succeeded(self) -> bool:
+        return self.ended is not None and self.error is None
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from sending to the first token."""
+        return self.arrivals[0][0] - self.sent
+
+    @property
+    def e2el(self) -> float:
+        """Seconds from sending to the last token."""
+        return self.arrivals[-1][0] - self.sent
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per token after the first; None with a single token."""
+        return (self.e2el - self.ttft) / (self.tokens - 1) if self.tokens > 1 else None
+
+    @property
+    def itl(self) -> list[float]:
+        """Seconds between arrivals; tokens that arrive together are one arrival."""
+        times = [time for time, _ in self.arrivals]
+        return [later - earlier for earlier, later in pairwise(times)]
+
+    def row(self, start: float) -> dict[str, Any]:
+        """One line of the file of requests; times in ms, `sent_ms` counted from the window's start."""
+        seen = bool(self.arrivals)
+        return {
+            "index": self.index,
+            "input_len": self.input_len,
+            "asked_output_len": self.output_len,
+            "output_len": self.tokens,
+            "sent_ms": to_ms(self.sent - start),
+            "ttft_ms": to_ms(self.ttft) if seen else None,
+            "e2el_ms": to_ms(self.e2el) if seen else None,
+            "itl_ms": [to_ms(gap) for gap in self.itl],
+            "status": "ok" if self.succeeded else "failed" if self.ended is not None else "unfinished",
+            "error": self.error,
+        }
+
+
+def to_ms(seconds: float) -> float:
+    """Milliseconds, to the microsecond."""
+    return round(seconds * 1e3, 3)

@@ -1,0 +1,169 @@
+"""The closed loop against scripted targets on a clock of their own."""
+
+import pytest
+
+from kvq_core.bench.load import run_closed_loop
+from kvq_core.bench.metrics import summarize
+from kvq_core.bench.run import measure
+from kvq_core.bench.workload import Workload
+from kvq_core.errors import KvqError
+
+
+def play(target, requests, concurrency, **options):
+    return run_closed_loop(target, requests, concurrency, clock=target.clock, **options)
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 3, 7, 50])
+def test_concurrency_is_held(bench, concurrency):
+    target = bench.Target(bench.steady())
+    result = play(target, bench.requests(10), concurrency)
+    assert target.max_running == min(concurrency, 10)
+    assert [trace.index for trace in result.traces] == list(range(10))
+    assert all(trace.succeeded for trace in result.traces)
+    assert result.complete and result.unsent == 0
+
+
+def test_timing_by_hand(bench):
+    # 0.5 s to the first token, then three gaps of 0.25: each request takes 1.25 s, two at a time.
+    target = bench.Target(bench.steady(0.5, 0.25))
+    result = play(target, bench.requests(4), 2)
+    assert target.sent == [(100.0, 0), (100.0, 1), (101.25, 2), (101.25, 3)]
+    m = summarize(result.traces, result.duration)
+    assert result.duration == pytest.approx(2.5)
+    assert m["mean_ttft_ms"] == pytest.approx(500)
+    assert m["mean_tpot_ms"] == m["p99_itl_ms"] == pytest.approx(250)
+    assert m["mean_e2el_ms"] == pytest.approx(1250)
+    assert m["output_throughput"] == pytest.approx(16 / 2.5)
+    assert m["request_throughput"] == pytest.approx(4 / 2.5)
+
+
+def test_next_request_is_sent_when_one_ends_not_when_all_do(bench):
+    slow = lambda request: bench.Script([10.0] if request.index == 0 else [1.0])  # noqa: E731
+    target = bench.Target(slow)
+    play(target, bench.requests(4, output_len=1), 2)
+    assert target.sent == [(100.0, 0), (100.0, 1), (101.0, 2), (102.0, 3)]
+
+
+def test_failures_are_kept_apart(bench):
+    scripts = {
+        0: bench.Script([1.0, 1.0]),
+        1: bench.Script([0.1], error="lost"),
+        2: bench.Script([0.1], refuse="too long"),
+        3: bench.Script([0.1, 0.1], tokens=[1, 0]),  # ends short
+        4: bench.Script([0.1], tokens=[0]),  # ends without a token
+        5: bench.Script([0.1, 0.1], tokens=[0, 2]),  # an event without tokens is no arrival
+    }
+    target = bench.Target(lambda request: scripts[request.index])
+    result = play(target, bench.requests(6, output_len=2), 2)
+    errors = {trace.index: trace.error for trace in result.traces}
+    assert errors == {
+        0: None,
+        1: "lost",
+        2: "too long",
+        3: "ended after 1 of 2 tokens",
+        4: "ended after 0 of 2 tokens",
+        5: None,
+    }
+    assert result.complete
+    m = summarize(result.traces, result.duration)
+    assert (m["completed"], m["failed"], m["total_output_tokens"]) == (2, 4, 4)
+    assert {trace.index: len(trace.arrivals) for trace in result.traces}[5] == 1
+
+
+def test_a_target_that_refuses_everything_ends_the_loop(bench):
+    target = bench.Target(lambda request: bench.Script([], refuse="full"))
+    result = play(target, bench.requests(5), 2)
+    assert [trace.error for trace in result.traces] == ["full"] * 5
+    assert result.complete and target.polls == 0
+
+
+def test_interrupt_keeps_what_was_measured(bench):
+    target = bench.Target(bench.steady(), raise_at_poll={6: KeyboardInterrupt()})
+    result = play(target, bench.requests(10), 2)
+    assert result.interrupted and not result.complete
+    assert [trace.succeeded for trace in result.traces] == [True, True, False, False]
+    assert result.unsent == 6
+    assert sorted(target.cancelled) == [2, 3]
+    m = summarize(result.traces, result.duration)
+    assert (m["completed"], m["failed"], m["unfinished"]) == (2, 0, 2)
+
+
+def test_a_broken_target_keeps_what_was_measured(bench):
+    target = bench.Target(bench.steady(), raise_at_poll={6: RuntimeError("out of memory")})
+    result = play(target, bench.requests(10), 2)
+    assert str(result.error) == "out of memory" and not result.complete
+    assert sum(trace.succeeded for trace in result.traces) == 2
+
+
+def test_a_silent_target_is_given_up(bench):
+    target = bench.Target(bench.steady(), silent=True)
+    result = play(target, bench.requests(2), 2, stall_timeout=5.0)
+    assert isinstance(result.error, KvqError) and "nothing happened for 5 s" in result.error.message
+    assert 105 < target.now < 106
+
+
+def test_progress_counts_ended_requests_and_tokens(bench):
+    seen = []
+    target = bench.Target(bench.steady())
+    play(
+        target,
+        bench.requests(3, output_len=2),
+        3,
+        progress=lambda ended, tokens: seen.append((ended, tokens)),
+    )
+    assert seen == [(0, 3), (3, 6)]
+
+
+def test_late_events_of_unknown_requests_are_ignored(bench):
+    target = bench.Target(bench.steady())
+    target.send(bench.requests(1, start=77)[0])
+    result = play(target, bench.requests(2), 2)
+    assert [trace.index for trace in result.traces] == [0, 1]
+
+
+def workload(bench, count=4, warmup=3):
+    return Workload("fixed", bench.requests(count), bench.requests(warmup, output_len=2, start=-warmup))
+
+
+def test_warm_up_is_excluded(bench):
+    target = bench.Target(bench.steady(0.5, 0.25))
+    measurement = measure(target, workload(bench), 2, env={"seed": 0}, clock=target.clock)
+    record = measurement.record
+    assert target.resets == [101.5]  # three warm-up requests of 0.75 s, two at a time
+    assert [index for _, index in target.sent] == [-3, -2, -1, 0, 1, 2, 3]
+    assert record.metrics["completed"] == 4
+    assert record.metrics["total_output_tokens"] == 16
+    assert record.metrics["duration"] == pytest.approx(2.5)
+    assert measurement.rows[0]["sent_ms"] == 0
+    assert record.workload["num_warmup"] == 3 and record.workload["concurrency"] == 2
+    assert record.label == "turbo" and record.name == "42 turbo" and record.complete
+    assert record.kv["capacity_tokens"] == 1000
+
+
+def test_warm_up_that_fails_altogether_is_an_error(bench):
+    target = bench.Target(lambda request: bench.Script([], refuse="no memory"))
+    with pytest.raises(KvqError, match="all 3 warm-up requests failed: no memory"):
+        measure(target, workload(bench), 2, env={}, clock=target.clock)
+
+
+def test_interrupted_warm_up_measured_nothing(bench):
+    target = bench.Target(bench.steady(), raise_at_poll={1: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        measure(target, workload(bench), 2, env={}, clock=target.clock)
+
+
+def test_interrupted_run_gives_an_incomplete_record(bench):
+    target = bench.Target(bench.steady(), raise_at_poll={9: KeyboardInterrupt()})
+    measurement = measure(target, workload(bench, 10), 2, env={}, clock=target.clock)
+    assert measurement.load.interrupted and not measurement.record.complete
+    done, unfinished = (measurement.record.metrics[key] for key in ("completed", "unfinished"))
+    assert 0 < done < 10 and done + unfinished == 10
+
+
+def test_errors_are_counted_by_message(bench):
+    def script(request):
+        return bench.Script([0.1], error="lost" if request.index in (1, 2) else None)
+
+    load = Workload("fixed", bench.requests(4, output_len=1), [])
+    record = measure(target := bench.Target(script), load, 2, env={}, clock=target.clock).record
+    assert record.errors == {"lost": 2} and record.metrics["failed"] == 2

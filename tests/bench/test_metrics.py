@@ -1,0 +1,100 @@
+"""Metrics against values computed by hand, and against numpy's percentiles."""
+
+import math
+
+import numpy as np
+import pytest
+
+from kvq_core.bench.metrics import DEFINITIONS, LATENCIES, percentile, summarize
+
+
+def test_two_scripted_requests_by_hand(bench):
+    traces = [
+        bench.trace(10.0, [11.0, 11.5, 12.5], input_len=7),  # ttft 1, gaps 0.5 1.0, tpot 0.75, e2e 2.5
+        bench.trace(10.5, [12.5, 12.7], input_len=5),  # ttft 2, gap 0.2, tpot 0.2, e2e 2.2
+    ]
+    m = summarize(traces, duration=2.5)
+    assert m["completed"] == 2 and m["failed"] == 0 and m["unfinished"] == 0
+    assert (m["total_input_tokens"], m["total_output_tokens"]) == (12, 5)
+    assert m["request_throughput"] == pytest.approx(0.8)
+    assert m["input_throughput"] == pytest.approx(4.8)
+    assert m["output_throughput"] == pytest.approx(2.0)
+    assert m["total_token_throughput"] == pytest.approx(6.8)
+    assert m["mean_ttft_ms"] == pytest.approx(1500)
+    assert m["std_ttft_ms"] == pytest.approx(500)
+    assert m["median_ttft_ms"] == m["p50_ttft_ms"] == pytest.approx(1500)
+    assert m["p90_ttft_ms"] == pytest.approx(1900)
+    assert m["p99_ttft_ms"] == pytest.approx(1990)
+    assert m["mean_tpot_ms"] == pytest.approx(475)
+    assert m["mean_itl_ms"] == pytest.approx((500 + 1000 + 200) / 3)
+    assert m["median_itl_ms"] == pytest.approx(500)
+    assert m["mean_e2el_ms"] == pytest.approx(2350)
+    assert m["p95_e2el_ms"] == pytest.approx(2200 + 0.95 * 300)
+
+
+def test_every_name_of_vllm_is_there(bench):
+    m = summarize([bench.trace(0.0, [1.0, 2.0])], 2.0)
+    for latency in LATENCIES:
+        for figure in ("mean", "median", "std", "p50", "p90", "p95", "p99"):
+            assert isinstance(m[f"{figure}_{latency}_ms"], float)
+
+
+def test_tokens_arriving_together_are_one_gap_but_all_count_in_tpot(bench):
+    m = summarize([bench.trace(0.0, [1.0, 2.0], tokens=[1, 4])], 2.0)
+    assert m["total_output_tokens"] == 5
+    assert m["mean_itl_ms"] == pytest.approx(1000)
+    assert m["mean_tpot_ms"] == pytest.approx(250)
+
+
+def test_a_single_token_has_no_tpot_and_no_gap(bench):
+    m = summarize([bench.trace(0.0, [1.0]), bench.trace(0.0, [1.0, 1.5])], 2.0)
+    assert m["completed"] == 2
+    assert m["mean_tpot_ms"] == pytest.approx(500)
+    alone = summarize([bench.trace(0.0, [1.0])], 1.0)
+    assert alone["mean_tpot_ms"] is None and alone["p99_itl_ms"] is None
+    assert alone["mean_ttft_ms"] == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("end", ["failed", "unfinished"])
+def test_what_did_not_succeed_never_improves_a_figure(bench, end):
+    slow = bench.trace(0.0, [2.0, 4.0])
+    fast = bench.trace(0.0, [0.1, 0.2, 0.3], error="boom" if end == "failed" else None)
+    if end == "unfinished":
+        fast.ended = None
+    both, alone = summarize([slow, fast], 4.0), summarize([slow], 4.0)
+    assert both[end] == 1
+    assert both | {end: 0} == alone
+
+
+def test_nothing_completed_gives_zeros_and_none_but_never_nan(bench):
+    for m in (summarize([], 0.0), summarize([bench.trace(0.0, [], error="boom")], 3.0)):
+        assert m["request_throughput"] == 0 and m["completed"] == 0
+        assert m["mean_ttft_ms"] is None
+        assert not any(isinstance(value, float) and math.isnan(value) for value in m.values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 101])
+def test_percentiles_are_numpys(count):
+    values = sorted(np.random.default_rng(count).lognormal(size=count).tolist())
+    for p in (0, 1, 50, 90, 95, 99, 99.9, 100):
+        assert percentile(values, p) == pytest.approx(np.percentile(values, p))
+
+
+def test_standard_deviation_is_numpys(bench):
+    firsts = np.random.default_rng(0).uniform(0.1, 3.0, size=50)
+    m = summarize([bench.trace(0.0, [first]) for first in firsts.tolist()], 1.0)
+    assert m["std_ttft_ms"] == pytest.approx(np.std(firsts) * 1e3)
+
+
+def test_definitions_cover_the_latencies():
+    assert {"TTFT", "TPOT", "ITL", "E2E"} <= set(DEFINITIONS)
+
+
+def test_row_of_a_request(bench):
+    row = bench.trace(10.0, [11.0, 11.5], index=3).row(start=9.0)
+    assert row == {
+        "index": 3, "input_len": 10, "asked_output_len": 2, "output_len": 2, "sent_ms": 1000.0,
+        "ttft_ms": 1000.0, "e2el_ms": 1500.0, "itl_ms": [500.0], "status": "ok", "error": None,
+    }  # fmt: skip
+    nothing = bench.trace(10.0, [], error="boom").row(start=9.0)
+    assert nothing["status"] == "failed" and nothing["ttft_ms"] is None and nothing["error"] == "boom"

@@ -1,0 +1,173 @@
+"""Run records: round trip, one-stroke writing, full disks, damaged files."""
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from kvq_core.bench import record as record_module
+from kvq_core.bench.record import (
+    RunRecord,
+    check_output,
+    read_records,
+    requests_path,
+    write_atomic,
+    write_records,
+)  # fmt: skip
+from kvq_core.errors import KvqError
+
+
+def test_round_trip(bench, tmp_path):
+    record = bench.record("turbo", 42, failed=1)
+    path = tmp_path / "r.json"
+    write_records(path, record.to_dict(), [{"index": 0}, {"index": 1}])
+    assert read_records([path]) == [record]
+    assert (tmp_path / "r.requests.jsonl").read_text().splitlines() == ['{"index": 0}', '{"index": 1}']
+    assert sorted(os.listdir(tmp_path)) == ["r.json", "r.requests.jsonl"]
+
+
+def test_lists_and_several_files(bench, tmp_path):
+    names = ["none", "int8", "turbo"]
+    write_records(tmp_path / "two.json", [bench.record(name).to_dict() for name in names[:2]])
+    write_records(tmp_path / "one.json", bench.record(names[2]).to_dict())
+    records = read_records([tmp_path / "two.json", tmp_path / "one.json"])
+    assert [record.label for record in records] == names
+
+
+def test_the_names_that_scripts_rely_on(bench):
+    document = bench.record("turbo", 42).to_dict()
+    assert {
+        "schema_version", "complete", "label", "policy", "model", "env", "workload", "kv", "duration",
+        "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput",
+        "input_throughput", "output_throughput", "total_token_throughput",
+    } <= set(document)  # fmt: skip
+    assert {"name", "key", "value", "sink", "recent"} <= set(document["policy"])
+    assert document["schema_version"] == 1 and document["complete"] is True
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is empty"),
+        (b"  \n", "is empty"),
+        (b'{"schema_version": 1, "lab', "ends in the middle of its JSON"),
+        (b'[{"schema_version": 1}', "ends in the middle of its JSON"),
+        (b"policy,ttft\n0,1\n", "is not JSON"),
+        (b"\xff\xfe\x00", "is not UTF-8 text: byte 0 is 0xff"),
+        (b"[]", "holds no run record"),
+        (b"{}", "is not a run record"),
+        (b'"text"', "is not a run record"),
+        (b"[1, 2]", "record 1, is not a run record"),
+        (b'{"schema_version": 99}', "has schema version 99"),
+        (b'{"schema_version": 1, "label": "x"}', "lacks complete, policy"),
+        (b"[" * 200_000, "nested too deeply"),
+    ],
+)  # fmt: skip
+def test_damaged_files(tmp_path, text, message):
+    path = tmp_path / "bad.json"
+    path.write_bytes(text)
+    with pytest.raises(KvqError, match=message) as caught:
+        read_records([path])
+    assert caught.value.exit_code == 1 and str(path) in caught.value.message
+
+
+@pytest.mark.parametrize("change", [{"kv": 3}, {"policy": None}, {"mean_ttft_ms": "fast"}])
+def test_wrong_types_are_damage(bench, change):
+    with pytest.raises(KvqError, match="damaged"):
+        RunRecord.from_dict(bench.record().to_dict() | change, "x.json")
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(KvqError, match="no file"):
+        read_records([tmp_path / "none.json"])
+    with pytest.raises(KvqError, match="cannot read"):
+        read_records([tmp_path])
+
+
+def test_unknown_keys_of_the_same_version_are_no_error(bench):
+    document = bench.record().to_dict() | {"later": {"a": 1}}
+    assert RunRecord.from_dict(document, "x") == bench.record()
+
+
+def test_the_old_file_stays_whole_until_the_new_one_is(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    write_atomic(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["r.json"]
+
+
+def test_an_interrupt_while_writing_leaves_no_half_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "r.json", "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "r.json", "x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "r.json").stat().st_mode & 0o777 == 0o640
+
+
+def refuse(*folders: Path):
+    """A `mkstemp` to which the disks of some folders are full."""
+    original = tempfile.mkstemp
+
+    def mkstemp(*args, dir=None, **options):
+        if Path(dir or tempfile.gettempdir()) in folders:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*args, dir=dir, **options)
+
+    return mkstemp
+
+
+def test_full_disk_keeps_the_record_elsewhere(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(record_module.tempfile, "mkstemp", refuse(tmp_path))
+    document = bench.record().to_dict()
+    with pytest.raises(KvqError, match=r"cannot write .*r\.json: No space left") as caught:
+        write_records(tmp_path / "r.json", document)
+    kept = Path(caught.value.hint.split("kept in ")[1].split(";")[0])
+    try:
+        assert json.loads(kept.read_text()) == document
+    finally:
+        kept.unlink()
+
+
+def test_full_disks_everywhere_print_the_record(bench, tmp_path, monkeypatch, capsys):
+    full = refuse(tmp_path, Path(tempfile.gettempdir()))
+    monkeypatch.setattr(record_module.tempfile, "mkstemp", full)
+    document = bench.record().to_dict()
+    with pytest.raises(KvqError, match="No space left") as caught:
+        write_records(tmp_path / "r.json", document)
+    assert "on stdout" in caught.value.hint
+    assert json.loads(capsys.readouterr().out) == document
+
+
+def test_output_is_checked_before_anything_is_measured(tmp_path):
+    check_output(tmp_path / "new" / "folder" / "r.json")
+    assert os.listdir(tmp_path / "new" / "folder") == []
+    with pytest.raises(KvqError, match="is a folder"):
+        check_output(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KvqError, match="cannot write"):
+        check_output(tmp_path / "file" / "r.json")
+    with pytest.raises(KvqError, match="cannot write"):
+        check_output(Path("/proc/nowhere/r.json"))
+
+
+def test_requests_lie_beside_the_record():
+    assert requests_path(Path("a/b.json")) == Path("a/b.requests.jsonl")
+    assert requests_path(Path("a/b.v2")) == Path("a/b.v2.requests.jsonl")
