@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kvq_kernels import dispatch
 from torch import Tensor, nn
 
 from kvq_core.batch import Batch
 from kvq_core.cache.paged import PagedCache
+from kvq_kernels import dispatch
 
 NAME = "kvq"
 

@@ -10,7 +10,7 @@ from kvq_core.errors import KvqError
 
 
 class EngineTarget:
-    """Drives an `Engine`: `poll` runs one step. The engine stays the caller's; `close` only drops requests."""
+    """Drives an `Engine`: `poll` runs one step. The engine stays the caller's; `close` drops requests."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -51,7 +51,7 @@ class GroupShape:
 
 
 class _GroupBlocks:
-    """Pages and block table of one group. `first` is the first page a row still holds, `end` one past its last."""
+    """Pages and block table of one group; a row holds the pages `first` … `end` - 1 of its table."""
 
     def __init__(self, shape: GroupShape, page_size: int, num_rows: int, max_pages: int) -> None:
         self.shape = shape
@@ -141,14 +141,14 @@ class BlockManager:
         return self._total_tokens
 
     def can_admit(self, tokens: Sequence[int], reserve: int) -> bool:
-        """Whether every group g has the pages for `tokens[g]` tokens of a new row and `reserve` pages besides."""
+        """Whether every group g has pages for `tokens[g]` tokens of a new row, and `reserve` besides."""
         return all(
             pages_for(n, self.page_size) + reserve <= g.allocator.num_free
             for g, n in zip(self.groups, tokens, strict=True)
         )
 
     def extend(self, row: int, tokens: Sequence[int]) -> bool:
-        """Give the row pages for `tokens[g]` tokens in every group g; False, and no change, if they are short."""
+        """Give the row pages for `tokens[g]` tokens in every group g; False, and no change, if too few."""
         for group, n in zip(self.groups, tokens, strict=True):
             if group.missing(row, n) > group.allocator.num_free:
                 return False

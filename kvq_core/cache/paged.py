@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from kvq_kernels.layout import PageLayout, RawWindow
 from torch import Tensor
 
 from kvq_core.cache.blocks import BlockManager
 from kvq_core.cache.plan import CachePlan
+from kvq_kernels.layout import PageLayout, RawWindow
 
 
 @dataclass(frozen=True)

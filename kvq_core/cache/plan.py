@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from kvq_kernels.layout import PageLayout
 
 from kvq_core.cache.blocks import GroupShape, pages_for
 from kvq_core.codecs import get_codec
 from kvq_core.errors import KvqError
 from kvq_core.models import LayerGeometry, ModelGeometry
 from kvq_core.policies import Policy
+from kvq_kernels.layout import PageLayout
 
 
 @dataclass(frozen=True)

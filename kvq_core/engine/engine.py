@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from kvq_core.cache.paged import PagedCache
-from kvq_core.cache.plan import CachePlan
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.memory import fit_cache
 from kvq_core.engine.request import Request, RequestOutput, Status
@@ -71,7 +70,7 @@ class Engine:
         if not prompt_ids:
             raise KvqError("the prompt is empty", "give at least one token")
         vocab = self.model.geometry.vocab_size
-        if not (0 <= min(prompt_ids) and max(prompt_ids) < vocab):
+        if not (min(prompt_ids) >= 0 and max(prompt_ids) < vocab):
             raise KvqError(f"the prompt has token ids outside 0 … {vocab - 1}", "was another tokenizer used?")
         if len(prompt_ids) >= room:
             limit = self.config.max_model_len or room

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from kvq_core.cache.blocks import BlockAllocator, BlockManager, GroupShape
 
 

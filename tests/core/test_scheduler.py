@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+
 from kvq_core.cache.blocks import BlockManager, GroupShape
 from kvq_core.config import SamplingParams
 from kvq_core.engine.request import Request, Status
