@@ -5,7 +5,7 @@ step's batch and the cache travel through the model's forward as the keyword `kv
 registered under the name, so transformers builds no mask: causality and windows are the kernels' work.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ class StepContext:
     cache: PagedCache
     stored: dict[int, int] | None = None
     """layer -> tokens stored; filled where it is not None."""
-    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 def register() -> None:

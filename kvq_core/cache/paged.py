@@ -13,7 +13,7 @@ from kvq_kernels.layout import PageLayout, RawWindow
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What the attention of one layer needs: its pages [num_pages, Hkv, block_bytes], and how to read them."""
+    """What attention needs of a layer: its pages [num_pages, Hkv, block_bytes], and how to read them."""
 
     pages: Tensor
     layout: PageLayout

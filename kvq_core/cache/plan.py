@@ -14,7 +14,7 @@ from kvq_kernels.layout import PageLayout
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Layers that share a window and a page layout, and the pages they get (page 0, the trash page, included)."""
+    """Layers that share a window and a page layout, and their pages, the trash page 0 included."""
 
     layers: tuple[int, ...]
     window: int
@@ -54,7 +54,7 @@ class CachePlan:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens that fit at a time: pages of the unwindowed layers (or of the largest group) times page size."""
+        """Tokens that fit at a time, by the pages of the unwindowed layers (or of the largest group)."""
         unwindowed = [g.num_pages for g in self.groups if not g.window]
         return (max(unwindowed or [g.num_pages for g in self.groups]) - 1) * self.page_size
 

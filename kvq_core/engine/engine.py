@@ -92,7 +92,7 @@ class Engine:
         return request.id
 
     def step(self) -> list[RequestOutput]:
-        """Run one step and return what is new; empty while the first step is under way or nothing is queued."""
+        """Run one step and return what is new; nothing while the first step is under way."""
         step = self.scheduler.schedule()
         if not step.is_empty:
             self._in_flight.append((step, self.runner.run(step)))

@@ -83,7 +83,7 @@ def _check_allocatable(model: LoadedModel, plan: CachePlan) -> None:
 
 
 def _available_host_bytes() -> int:
-    """Memory that can be had without swapping: Linux counts its file cache in, elsewhere free pages are all."""
+    """Memory that can be had without swapping; Linux counts its file cache in."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -117,7 +117,8 @@ def _measure_peak(model: LoadedModel, config: EngineConfig) -> int:
     from kvq_core.engine.runner import ModelRunner
 
     assert config.max_num_batched_tokens and config.max_model_len
-    lengths, left = [], config.max_num_batched_tokens
+    lengths: list[int] = []
+    left = config.max_num_batched_tokens
     while left > 0 and len(lengths) < config.max_num_seqs:
         lengths.append(min(left, config.prefill_chunk, config.max_model_len))
         left -= lengths[-1]

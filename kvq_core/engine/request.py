@@ -62,7 +62,7 @@ class Request:
 class RequestOutput:
     """New tokens of one request.
 
-    `finish_reason` is None while it runs, then "stop" (end of sequence or a stop token), "length" or "cancelled".
+    `finish_reason` is None while it runs, then "stop" (end of sequence, a stop token) or "length".
     `time` is `time.perf_counter` when the host received the tokens.
     """
 

@@ -1,4 +1,4 @@
-"""Runs one step: swaps, inputs, the model's forward, sampling. All of it is queued; nothing waits for the device."""
+"""Runs one step: swaps, inputs, the model's forward, sampling; queued, without waiting for the device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ class ModelRunner:
         return PendingTokens(host, event)
 
     def _eager(self, step: Step, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Any step: decodes and chunks in one forward. Returns logits of every decode and every chunk's end."""
+        """Decodes and chunks in one forward; logits of every decode and every chunk's end, and all rows."""
         decodes, chunks = len(step.decodes), step.chunks
         lengths = np.array([c.end - c.start for c in chunks], dtype=np.int64)
         starts = np.array([c.start for c in chunks], dtype=np.int64)
@@ -133,7 +133,7 @@ class ModelRunner:
         return self._forward(batch, torch.cat([decode_ids, ids]), last), device_rows
 
     def _decode_batch(self, rows: Tensor, context_lens: Tensor, max_context: int) -> tuple[Batch, Tensor]:
-        """A batch of decodes alone, and its input tokens, computed on the device (so that graphs can hold it).
+        """A batch of decodes alone and its input tokens, computed on the device so that graphs can hold it.
 
         rows [B] int64, context_lens [B] int64; a context of 0 marks padding, which goes to the trash page.
         """

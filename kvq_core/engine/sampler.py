@@ -21,8 +21,8 @@ class Draw:
 def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """logits [R, V] -> tokens [R] int64.
 
-    A token is the argmax of logits / temperature + Gumbel noise over the tokens that top-k and top-p keep, and
-    the noise is a hash of (seed, index, token): the same in any batch, on any device.
+    A token is the argmax of logits / temperature + Gumbel noise over the tokens that top-k and top-p keep,
+    and the noise is a hash of (seed, index, token): the same in any batch, on any device.
     """
     if all(d.params.temperature == 0 for d in draws):
         return logits.argmax(-1)

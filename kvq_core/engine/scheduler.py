@@ -166,7 +166,7 @@ class Scheduler:
         step.chunks.append(Chunk(request, start, end))
 
     def _extend(self, request: Request, tokens: int, step: Step) -> bool:
-        """Pages for `tokens` tokens, at the cost of the youngest requests; False if there are none to be had."""
+        """Pages for `tokens` tokens, at the cost of the youngest requests; False if none are to be had."""
         while not self.blocks.extend(request.row, [tokens] * len(self.blocks.groups)):
             victim = self.running[-1]
             if step.holds(victim):
