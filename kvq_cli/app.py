@@ -1,6 +1,8 @@
 """`kvq`: the commands, and the one place where errors become messages and exit codes."""
 
 import errno
+import io
+import logging
 import os
 import sys
 import tempfile
@@ -9,9 +11,11 @@ from typing import Annotated
 
 import typer
 
+from kvq_cli.commands.chat import chat
 from kvq_cli.commands.doctor import doctor
 from kvq_cli.commands.policies import policies
-from kvq_cli.console import emit, show_error
+from kvq_cli.commands.run import run
+from kvq_cli.console import TalkHandler, emit, show_error
 from kvq_core.errors import KvqError, UsageError
 
 INTERRUPTED = 130
@@ -30,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for panel, commands in {
+    "Generate": (run, chat),
     "Look around": (policies, doctor),
 }.items():
     for command in commands:
@@ -62,6 +67,12 @@ def main(args: list[str] | None = None) -> None:
     # Set before transformers is imported; its advice to programmers is noise to the users of a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logger = logging.getLogger("kvq")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(TalkHandler())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a narrow locale shows `?` and does not end the run
     sys.exit(_run(sys.argv[1:] if args is None else args))
 
 

@@ -1,6 +1,7 @@
 """Where words go: data on stdout, talk on stderr, progress on stderr and only on a terminal."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -82,6 +83,13 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Talk: something that may make the result less than what was asked for."""
     print(f"{_paint('warning:', YELLOW, sys.stderr)} {text}", file=sys.stderr, flush=True)
+
+
+class TalkHandler(logging.Handler):
+    """Shows what the library logs under `kvq` as talk."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (warn if record.levelno >= logging.WARNING else say)(record.getMessage())
 
 
 def show_error(error: KvqError) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -19,6 +19,7 @@ from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.errors import UsageError
 from kvq_core.policies import REGISTRY
 
+T = TypeVar("T")
 DEFAULTS = EngineConfig()
 SAMPLING = SamplingParams()
 DEFAULT_MODEL = "demo"
@@ -293,6 +294,14 @@ IgnoreEos = Annotated[
         rich_help_panel=SAMPLING_PANEL,
     ),
 ]
+System = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="System message, which tells the model how to answer.",
+        rich_help_panel=SAMPLING_PANEL,
+    ),
+]
 
 # Output
 
@@ -333,7 +342,8 @@ def engine_options(without: Collection[str] = ()) -> Callable[[Callable[..., Any
 
         @wraps(command)
         def with_config(**values: Any) -> Any:
-            return command(config=_make_config({name: values.pop(name) for name in flags}), **values)
+            config = _named_like_flags(EngineConfig, {name: values.pop(name) for name in flags})
+            return command(config=config, **values)
 
         kind = inspect.Parameter.KEYWORD_ONLY
         signature = inspect.signature(command)
@@ -349,10 +359,10 @@ def engine_options(without: Collection[str] = ()) -> Callable[[Callable[..., Any
     return decorate
 
 
-def _make_config(values: dict[str, Any]) -> EngineConfig:
-    """`EngineConfig`, whose complaints name the flag instead of the field."""
+def _named_like_flags(make: Callable[..., T], values: dict[str, Any]) -> T:
+    """`make(**values)`, whose complaints name the flag instead of the field."""
     try:
-        return EngineConfig(**values)
+        return make(**values)
     except UsageError as error:
         field, _, complaint = error.message.partition(" ")
         if field not in values:
@@ -367,4 +377,4 @@ def _flag_default(name: str) -> Any:
 
 def sampling_params(**values: Any) -> SamplingParams:
     """`SamplingParams` from the flags; a `stop` of None is no stop text."""
-    return SamplingParams(**values | {"stop": tuple(values.get("stop") or ())})
+    return _named_like_flags(SamplingParams, values | {"stop": tuple(values.get("stop") or ())})

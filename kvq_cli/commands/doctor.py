@@ -149,4 +149,9 @@ def _host_memory() -> Finding:
 
 
 def _demo_model() -> Finding:
-    return Finding("demo model", "?")
+    from kvq_core.demo import FOLDER, cache_folder
+
+    folder = cache_folder() / FOLDER
+    if (folder / "config.json").is_file():
+        return Finding("demo model", f"cached in {folder}")
+    return Finding("demo model", f"not cached yet; its first use fetches 98 MB into {cache_folder()}", "note")

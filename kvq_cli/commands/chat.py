@@ -1,0 +1,294 @@
+"""`kvq chat`: talk to a model, and change the policy while talking."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvq_cli import console
+from kvq_cli.commands.run import has_chat_template
+from kvq_cli.options import (
+    DEFAULT_MODEL,
+    SAMPLING,
+    MaxNewTokens,
+    Model,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    engine_options,
+    format_size,
+    sampling_params,
+)
+from kvq_core.config import EngineConfig, SamplingParams
+from kvq_core.errors import KvqError, UsageError
+
+if TYPE_CHECKING:
+    from kvq_core.pipeline import Pipeline
+
+
+@engine_options()
+def chat(
+    model: Model = DEFAULT_MODEL,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = SAMPLING.max_new_tokens,
+    temperature: Temperature = SAMPLING.temperature,
+    top_k: TopK = SAMPLING.top_k,
+    top_p: TopP = SAMPLING.top_p,
+    stop: Stop = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Talk to a model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.
+
+    kvq chat --policy 42
+    printf 'Hello!\\nAnd in French?\\n' | kvq chat
+    """
+    params = sampling_params(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=config.seed,
+        stop=stop,
+    )
+    from kvq_core.pipeline import pipeline
+
+    console.say(f"loading {model}")
+    with pipeline(model, config) as pipe:
+        if not has_chat_template(pipe):
+            raise KvqError(
+                f"{model} has no chat template", "use an instruction-tuned model, or `kvq run --raw`"
+            )
+        Chat(pipe, config, params, model, system).loop()
+
+
+@dataclass
+class Turn:
+    """What the last answer took."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    ttft: float = 0.0
+    seconds: float = 0.0
+
+
+class Chat:
+    """One conversation: its messages, and the commands that change it."""
+
+    def __init__(
+        self, pipe: "Pipeline", config: EngineConfig, params: SamplingParams, model: str, system: str | None
+    ) -> None:
+        self.pipe = pipe
+        self.config = config
+        self.params = params
+        self.model = model
+        self.system = system
+        self.messages: list[dict[str, str]] = []
+        self.last = Turn()
+        self.interactive = sys.stdin.isatty()
+        self.commands: dict[str, tuple[Callable[[str], None], str, str]] = {
+            "/help": (self.show_help, "", "this list"),
+            "/reset": (self.reset, "", "forget the conversation"),
+            "/system": (self.set_system, "TEXT", "set the system message; alone: show it; `-`: none"),
+            "/policy": (self.set_policy, "NAME", "answer under another policy; alone: show it"),
+            "/stats": (self.show_stats, "", "speed and memory of the last answer"),
+            "/save": (self.save, "FILE", "write the conversation as JSON"),
+            "/exit": (self.leave, "", "leave; so does Ctrl-D"),
+        }
+
+    def loop(self) -> None:
+        """Read lines and answer them until the input ends."""
+        policy = self.config.resolved_policy().label
+        console.say(f"{self.model}, policy {policy}. /help lists the commands, Ctrl-D leaves.")
+        while (line := self.read()) is not None:
+            text = line.strip()
+            if not text:
+                continue
+            try:
+                if text.startswith("/"):
+                    self.command(text)
+                else:
+                    self.answer(text)
+            except EOFError:
+                return
+            except KvqError as error:
+                console.show_error(error)
+        if self.interactive:
+            console.say("")
+
+    def read(self) -> str | None:
+        """The next line; None at the end of the input. Ctrl-C drops the line that is being typed."""
+        while True:
+            try:
+                if not (self.interactive and sys.stdout.isatty()):
+                    if self.interactive:
+                        print("> ", end="", file=sys.stderr, flush=True)
+                    return sys.stdin.readline() or None
+                self._line_editing()
+                return input("> ")
+            except EOFError:
+                return None
+            except UnicodeDecodeError as error:
+                raise KvqError("the input is not valid UTF-8", "convert it to UTF-8") from error
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                console.say("\nCtrl-D or /exit leaves")
+
+    def _line_editing(self) -> None:
+        """History and completion of commands, where Python has readline."""
+        try:
+            import readline
+        except ImportError:
+            return
+        names = list(self.commands)
+        readline.set_completer(
+            lambda text, state: [*(name + " " for name in names if name.startswith(text)), None][state]
+        )
+        readline.set_completer_delims(" ")
+        readline.parse_and_bind("tab: complete")
+
+    def command(self, text: str) -> None:
+        name, _, argument = text.partition(" ")
+        if name not in self.commands:
+            raise UsageError(f"unknown command `{name}`", f"one of {', '.join(self.commands)}")
+        self.commands[name][0](argument.strip())
+
+    def answer(self, text: str) -> None:
+        """Generate the answer to `text`, shown as it grows; Ctrl-C stops it, and what there is of it is kept."""
+        self.messages.append({"role": "user", "content": text})
+        try:
+            prompt = self.fit()
+        except KvqError:
+            self.messages.pop()
+            raise
+        answer, turn, start = "", Turn(), time.perf_counter()
+        with stop_on_interrupt(self.interactive) as stopped:
+            stream = self.pipe.stream_infer(prompt, params=self.params)
+            try:
+                for delta in stream:
+                    turn.ttft = turn.ttft or time.perf_counter() - start
+                    turn.input_tokens = delta.input_len
+                    turn.output_tokens += len(delta.token_ids)
+                    answer += delta.text
+                    console.emit(delta.text, end="")
+                    if stopped():
+                        break
+            finally:
+                stream.close()  # cancels what is still running
+        turn.seconds = time.perf_counter() - start
+        console.emit("")
+        if stopped():
+            console.say("(stopped)")
+        self.last = turn
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def fit(self) -> list[dict[str, str]]:
+        """The conversation as a prompt; where the context can't hold all, its oldest exchanges go."""
+        dropped = 0
+        while True:
+            prompt = self.prompt()
+            room = self.pipe.max_request_tokens - self.pipe.count_tokens(prompt)
+            if room >= min(self.params.max_new_tokens, self.pipe.max_request_tokens // 4):
+                break
+            if len(self.messages) == 1:
+                if room > 0:
+                    break
+                raise KvqError(
+                    f"the message is longer than the context of {self.pipe.max_request_tokens} tokens",
+                    "shorten it, or raise `--kv-memory` or `--max-model-len` where these set the limit",
+                )
+            del self.messages[:2]
+            dropped += 2
+        if dropped:
+            console.warn(f"the context is full: the oldest {dropped} messages are no longer part of it")
+        return prompt
+
+    def prompt(self) -> list[dict[str, str]]:
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        return first + self.messages
+
+    def show_help(self, _: str) -> None:
+        for name, (_, argument, meaning) in self.commands.items():
+            console.say(f"  {f'{name} {argument}':<14} {meaning}")
+
+    def reset(self, _: str) -> None:
+        self.messages.clear()
+        self.last = Turn()
+        console.say("a new conversation")
+
+    def set_system(self, text: str) -> None:
+        if text:
+            self.system = None if text == "-" else text
+        console.say(f"system: {self.system}" if self.system else "no system message")
+
+    def set_policy(self, name: str) -> None:
+        if name:
+            config = self.config.replace(policy=name)
+            self.pipe.set_policy(config)
+            self.config = config
+        console.say(f"policy {self.config.resolved_policy().label}")
+
+    def show_stats(self, _: str) -> None:
+        stats, turn = self.pipe.kv_stats(), self.last
+        rate = (turn.output_tokens - 1) / max(turn.seconds - turn.ttft, 1e-9)
+        used = turn.input_tokens + turn.output_tokens
+        console.say(
+            f"  policy        {self.config.resolved_policy().label},"
+            f" {stats['bits_per_element']:.2f} bits an element\n"
+            f"  last answer   {turn.output_tokens} tokens, first after {turn.ttft:.2f} s,"
+            f" then {max(rate, 0):.1f} tokens/s\n"
+            f"  context       {used} of {self.pipe.max_request_tokens} tokens\n"
+            f"  its KV cache  {format_size(used * stats['bytes_per_token'])},"
+            f" room for {stats['capacity_tokens']:,} tokens"
+        )
+
+    def save(self, name: str) -> None:
+        if not name:
+            raise UsageError("no file named", "`/save talk.json`")
+        path = Path(name).expanduser()
+        document: dict[str, Any] = {
+            "model": self.model,
+            "policy": self.config.resolved_policy().label,
+            "messages": self.prompt(),
+        }
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                json.dump(document, file, indent=2, ensure_ascii=False)
+        except FileExistsError as error:
+            raise KvqError(f"{path} exists already", "choose another name") from error
+        except OSError as error:
+            raise KvqError(f"cannot write {path}: {error.strerror}", "choose another place") from error
+        console.say(f"saved {path}")
+
+    def leave(self, _: str) -> None:
+        raise EOFError
+
+
+@contextmanager
+def stop_on_interrupt(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Within, a first Ctrl-C only sets what the yielded function tells; a second one is a KeyboardInterrupt.
+
+    A step of the engine is thus never cut in two by one Ctrl-C.
+    """
+    pressed = False
+
+    def note(signum: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    previous = signal.signal(signal.SIGINT, note) if wanted else None
+    try:
+        yield lambda: pressed
+    finally:
+        if wanted:
+            signal.signal(signal.SIGINT, previous)
