@@ -6,10 +6,9 @@ P. Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/220
 import torch
 from torch import Tensor
 
-from kvq_core.codecs.base import BaseCodec, bounded, byte_table, lookup, safe_divide, to_half, working_dtype
+from kvq_core.codecs.base import BaseCodec, bounded, safe_divide, to_half, working_dtype
 
 E4M3_MAX = 448.0
-_ALL = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64)
 
 
 class Fp8Codec(BaseCodec):
@@ -27,7 +26,8 @@ class Fp8Codec(BaseCodec):
         return scaled.to(torch.float8_e4m3fn).view(torch.uint8), scale
 
     def decode(self, codes: Tensor, meta: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+        # e4m3's bits, moved to where fp16 has them, are the value / 256: exact, and much faster than torch's
+        # conversion on a CPU; its two NaNs, which are never written, become ±480
+        bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001)
         work = working_dtype(dtype)
-        # a table is four times as fast as torch's conversion on a CPU; e4m3's two NaNs are never written
-        table = byte_table(tuple(_ALL.nan_to_num(nan=0.0).tolist()), 8, work, codes.device)
-        return lookup(codes, table).mul_(meta.to(work)).to(dtype)
+        return bits.view(torch.float16).to(work).mul_(meta.to(work) * 256).to(dtype)
