@@ -162,7 +162,7 @@ class Chat:
         self.commands[name][0](argument.strip())
 
     def answer(self, text: str) -> None:
-        """Generate the answer to `text`, shown as it grows; Ctrl-C stops it, and what there is of it is kept."""
+        """Generate the answer to `text`, shown as it grows; after Ctrl-C, what there is of it is kept."""
         self.messages.append({"role": "user", "content": text})
         try:
             prompt = self.fit()
