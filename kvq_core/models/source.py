@@ -40,7 +40,7 @@ def resolve(name: str) -> Source:
     if name == DEMO:
         return Source(name, str(demo_folder()))
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if (path / "config.json").is_file():
             return Source(name, str(path))
         files = sorted(path.glob("*.gguf"))
