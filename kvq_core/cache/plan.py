@@ -112,26 +112,27 @@ def plan_cache(
         members.setdefault((layer.window, layout), []).append(index)
     raw = raw_bytes_per_request(geometry, policy, dtype)
 
-    def most(window: int) -> int:
-        """Pages that the running requests can use at most in a group, and the trash page."""
-        tokens = max_model_len
-        if window:
-            tokens = min(tokens, window + prefill_chunk + page_size)
-        return max_num_seqs * pages_for(tokens, page_size) + 1
-
+    mixed = len({bool(window) for window, _ in members}) == 2
     page_bytes = {key: len(layers) * key[1].page_bytes for key, layers in members.items()}
 
+    def share(pages: int, window: int) -> int:
+        """Pages of a group where the unwindowed ones have `pages`; one of them is the trash page."""
+        if not (mixed and window):
+            return pages
+        tokens = min(max_model_len, window + prefill_chunk + page_size)
+        return min(pages, max_num_seqs * pages_for(tokens, page_size) + 1)
+
     def size(pages: int) -> int:
-        return sum(min(pages, most(window)) * page_bytes[window, layout] for window, layout in members)
+        return sum(share(pages, window) * page_bytes[window, layout] for window, layout in members)
 
     budget = memory - max_num_seqs * raw
-    low, high = 0, max(most(window) for window, _ in members)
+    low, high = 0, max(0, budget) // min(page_bytes.values())
     while low < high:  # the most pages whose size fits
         middle = (low + high + 1) // 2
         low, high = (middle, high) if size(middle) <= budget else (low, middle - 1)
     pages = low
     groups = tuple(
-        GroupPlan(tuple(layers), window, layout, min(pages, most(window)))
+        GroupPlan(tuple(layers), window, layout, share(pages, window))
         for (window, layout), layers in members.items()
     )
     if pages < 2:
