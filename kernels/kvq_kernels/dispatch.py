@@ -68,5 +68,6 @@ def paged_prefill(
     """See `reference.paged_prefill`."""
     return _backend(query).paged_prefill(
         query, key, value, pages, block_tables, cu_chunk_lens, history_lens, layout, max_chunk=max_chunk,
-        max_history=max_history, scale=scale, window=window, softcap=softcap, sinks=sinks, raw=raw, rings=rings,
+        max_history=max_history, scale=scale, window=window, softcap=softcap, sinks=sinks, raw=raw,
+        rings=rings,
     )  # fmt: skip

@@ -10,7 +10,8 @@ and before `paged_decode`, whose own token is among the recent ones.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -98,35 +99,31 @@ def _reach(tables: Tensor, first: Tensor, width: int, page_size: int) -> tuple[T
 def _gather(
     pages: Tensor, ids: Tensor, valid: Tensor, layout: PageLayout, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Decode pages `ids` [B, M] -> K [B, Hkv, S, Dk], V [B, Hkv, S, Dv] in `dtype`, in the stored basis.
+    """Decode pages `ids` [B, M] -> K [B, M, Hkv, P, Dk], V [B, M, Hkv, P, Dv], in the stored basis.
 
-    V is zero where not `valid` [B, S]: a weight of 0 does not silence the NaN of an unwritten page.
+    Zero where not `valid` [B, M·P]: a weight of 0 does not silence the NaN of an unwritten page.
     """
-    requests, width = ids.shape
-    size, heads = layout.page_size, pages.shape[1]
-    blocks = pages.index_select(0, ids.reshape(-1)).view(requests, width, heads, -1).transpose(1, 2)
+    request, page, row = (~valid).unflatten(1, (-1, layout.page_size)).nonzero().unbind(1)
 
-    def codes(start: int, stop: int) -> Tensor:
-        part = blocks[..., start:stop].clone(memory_format=torch.contiguous_format)
-        return part.view(requests, heads, width * size, -1)
+    def part(start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """[B, M, Hkv, ·, P] fp16 metadata, or [B, M, Hkv, P, ·] codes."""
+        gathered = pages[..., start:stop].view(dtype).index_select(0, ids.reshape(-1)).unflatten(0, ids.shape)
+        return gathered.unflatten(-1, (layout.page_size, -1))
 
-    meta = blocks[..., layout.meta_offset :].contiguous().view(torch.float16)
-    meta = meta.unflatten(-1, (layout.num_meta, size)).transpose(-1, -2) if layout.num_meta else meta
-    meta = meta.reshape(requests, heads, width * size, layout.num_meta)
-    unread = ~valid[:, None, :, None]
-    meta.masked_fill_(unread, 0)
-    key_codes, value_codes = codes(0, layout.value_offset), codes(layout.value_offset, layout.meta_offset)
-    if not layout.value.num_meta:
-        value_codes.view(layout.dtype).masked_fill_(unread, 0)
+    def decode(codec: Codec, start: int, stop: int, meta: Tensor, head_dim: int) -> Tensor:
+        if codec.num_meta:  # a record without scale or norm decodes to zeros
+            return codec.decode(part(start, stop, torch.uint8), meta, head_dim, dtype)
+        elements = part(start, stop, layout.dtype)
+        elements[request, page, :, row] = 0
+        return elements.to(dtype)
+
+    meta = part(layout.meta_offset, layout.block_bytes, torch.float16)
+    meta = meta.reshape(*ids.shape, pages.shape[1], layout.num_meta, layout.page_size).mT
+    meta[request, page, :, row] = 0
     key_meta, value_meta = meta.split((layout.key.num_meta, layout.value.num_meta), -1)
-
-    def decode(codec: Codec, codes: Tensor, meta: Tensor, head_dim: int) -> Tensor:
-        stored = dtype if codec.num_meta else layout.dtype
-        return codec.decode(codes, meta, head_dim, stored).to(dtype)
-
     return (
-        decode(layout.key, key_codes, key_meta, layout.key_dim),
-        decode(layout.value, value_codes, value_meta, layout.value_dim),
+        decode(layout.key, 0, layout.value_offset, key_meta, layout.key_dim),
+        decode(layout.value, layout.value_offset, layout.meta_offset, value_meta, layout.value_dim),
     )
 
 
@@ -135,7 +132,7 @@ def _read_raw(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raw windows of requests whose latest position is `last` [B]: K and V [B, Hkv, R, D], positions [B, R].
 
-    A slot that holds no token yet has position -1, and zeros in V.
+    A slot that holds no token yet has position -1, and zeros.
     """
     slot = torch.arange(raw.sink + raw.recent, device=last.device)
     ring = last[:, None] - (last[:, None] - slot) % max(raw.recent, 1)
@@ -144,7 +141,8 @@ def _read_raw(
     positions = positions.masked_fill(empty, -1)
     keys = raw.keys[rings.long()].transpose(1, 2).to(dtype)
     values = raw.values[rings.long()].transpose(1, 2).to(dtype)
-    return keys, values.masked_fill((positions < 0)[:, None, :, None], 0), positions
+    empty = empty[:, None, :, None]
+    return keys.masked_fill(empty, 0), values.masked_fill(empty, 0), positions
 
 
 def _through_codec(positions: Tensor, query: Tensor, raw: RawWindow | None) -> Tensor:
@@ -177,6 +175,19 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     if sinks is not None:
         total = total + (sinks - top).exp()
     return weights, total.masked_fill(total == 0, 1)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """What the attention of a layer has in common for all requests of a step."""
+
+    pages: Tensor
+    layout: PageLayout
+    scale: float
+    window: int
+    softcap: float
+    sinks: Tensor | None
+    raw: RawWindow | None
 
 
 # --- decode -------------------------------------------------------------------------------------------------
@@ -232,26 +243,8 @@ def _by_length(lens: list[int], layout: PageLayout) -> Iterator[list[int]]:
         yield block
 
 
-class _Decode:
+class _Decode(_Attention):
     """`paged_decode` of some requests, query [B, Hq, Dk] in the working dtype."""
-
-    def __init__(
-        self,
-        pages: Tensor,
-        layout: PageLayout,
-        scale: float,
-        window: int,
-        softcap: float,
-        sinks: Tensor | None,
-        raw: RawWindow | None,
-    ) -> None:
-        self.pages = pages
-        self.layout = layout
-        self.scale = scale
-        self.window = window
-        self.softcap = softcap
-        self.sinks = sinks
-        self.raw = raw
 
     def __call__(
         self, query: Tensor, tables: Tensor, context_lens: Tensor, rings: Tensor | None, longest: int
@@ -266,17 +259,18 @@ class _Decode:
         plain = query * self.scale
         rotated = hadamard(plain) if layout.key.rotated else plain
         grouped = rotated.unflatten(1, (layout.num_kv_heads, -1))
-        scores = _cap(grouped @ keys.transpose(-1, -2), self.softcap)
-        scores = scores.masked_fill_(~read[:, None, None], -torch.inf)
+        scores = (grouped[:, None] @ keys.mT).permute(0, 2, 3, 1, 4).flatten(3)
+        scores = _cap(scores, self.softcap).masked_fill_(~read[:, None, None], -torch.inf)
         if raw is not None:
             assert rings is not None, "a raw window needs the requests' rows in it"
             raw_keys, raw_values, raw_positions = _read_raw(raw, rings, position[:, 0], dtype)
             seen = (raw_positions >= 0) & _in_window(raw_positions, position, window)
-            raw_scores = _cap(plain.view_as(grouped) @ raw_keys.transpose(-1, -2), self.softcap)
+            raw_scores = _cap(plain.view_as(grouped) @ raw_keys.mT, self.softcap)
             scores = torch.cat((scores, raw_scores.masked_fill_(~seen[:, None, None], -torch.inf)), -1)
         sinks = None if self.sinks is None else self.sinks.to(dtype).view(layout.num_kv_heads, -1, 1)
         weights, total = _softmax(scores, sinks)
-        out = weights[..., : positions.shape[1]] @ values
+        by_page = weights[..., : positions.shape[1]].unflatten(-1, (width, -1)).permute(0, 3, 1, 2, 4)
+        out = (by_page @ values).sum(1)
         if layout.value.rotated:
             out = hadamard(out)
         if raw is not None:
@@ -323,21 +317,12 @@ def paged_prefill(
         chunk_lens = (cu_chunk_lens[1:] - cu_chunk_lens[:-1])[index, None].long()
         rows = cu_chunk_lens[index, None].long() + torch.minimum(inside, chunk_lens - 1)
         q, k, v = (x[rows].transpose(1, 2).to(dtype) for x in (query, key, value))
-        group = _Group(layout, scale, window, softcap, sinks, raw)
+        group = _Prefill(pages, layout, scale, window, softcap, sinks, raw)
         longest = max(histories[i] for i in chunks)
         if longest:
             ring = None if rings is None else rings[index]
-            result = group.with_history(
-                q,
-                k,
-                v,
-                pages,
-                block_tables[index],
-                chunk_lens,
-                history_lens[index, None].long(),
-                longest,
-                ring,
-            )
+            history = history_lens[index, None].long()
+            result = group.with_history(q, k, v, block_tables[index], chunk_lens, history, longest, ring)
         else:
             result = group.fresh(q, k, v)
         real = inside < chunk_lens
@@ -354,24 +339,8 @@ def _alike(lens: list[int], histories: list[int]) -> Iterator[list[int]]:
     yield from groups.values()
 
 
-class _Group:
+class _Prefill(_Attention):
     """Attention of prompt chunks [C, H, L, D], padded to one length, in the working dtype."""
-
-    def __init__(
-        self,
-        layout: PageLayout,
-        scale: float,
-        window: int,
-        softcap: float,
-        sinks: Tensor | None,
-        raw: RawWindow | None,
-    ) -> None:
-        self.layout = layout
-        self.scale = scale
-        self.window = window
-        self.softcap = softcap
-        self.sinks = sinks
-        self.raw = raw
 
     def fresh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """No earlier tokens. Rows beyond a chunk's end see only real keys or are never read."""
@@ -388,7 +357,6 @@ class _Group:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        pages: Tensor,
         tables: Tensor,
         chunk_lens: Tensor,
         history: Tensor,
@@ -400,7 +368,8 @@ class _Group:
         width, first = _width(history[:, 0], longest, window, layout.page_size)
         ids, positions = _reach(tables, first, width, layout.page_size)
         valid = (positions < history) & (positions > history - window if window else True)
-        old_keys, old_values = _gather(pages, ids, valid, layout, q.dtype)
+        old = _gather(self.pages, ids, valid, layout, q.dtype)
+        old_keys, old_values = (x.transpose(1, 2).flatten(2, 3) for x in old)
         if layout.key.rotated:
             q, k = hadamard(q), hadamard(k)
         if layout.value.rotated:
@@ -427,7 +396,9 @@ class _Group:
         out = self._blocks(q, torch.cat(keys, 2), torch.cat(values, 2), mask, history + inside)
         return hadamard(out) if layout.value.rotated else out
 
-    def _blocks(self, q: Tensor, k: Tensor, v: Tensor, mask, position: Tensor) -> Tensor:
+    def _blocks(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Callable[[Tensor], Tensor], position: Tensor
+    ) -> Tensor:
         """Query blocks one after another, so that masks and scores stay small; `position` [C or 1, L]."""
         direct = self.sinks is not None or bool(self.softcap)
         per_row = q.shape[0] * k.shape[2] * (q.shape[1] if direct else 1)
@@ -447,7 +418,7 @@ class _Group:
         """Sinks and softcap, which torch's attention has not."""
         heads = k.shape[1]
         grouped = q.unflatten(1, (heads, -1)) * self.scale
-        scores = _cap(grouped @ k[:, :, None].transpose(-1, -2), self.softcap)
+        scores = _cap(grouped @ k[:, :, None].mT, self.softcap)
         scores = scores.masked_fill_(~seen[:, None, None], -torch.inf)
         sinks = None if self.sinks is None else self.sinks.to(q.dtype).view(heads, -1, 1, 1)
         weights, total = _softmax(scores, sinks)

@@ -1,0 +1,158 @@
+"""Experts of a mixture-of-experts layer at the speed of memory, for steps of few tokens.
+
+A decode step gives each expert a handful of tokens, so its time is that of reading the weights once. Weights
+are the M side of every product and tokens the N side: few tokens waste nothing. Four launches: each expert's
+token list, gate and up with SiLU in the epilogue, down, and the sum over a token's experts. No launch depends
+on the routing, so CUDA graphs can hold them, and every sum has a fixed order.
+
+Shapes: T tokens, K experts a token, E experts, H hidden, I intermediate size; a pair is t · K + k.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MAX_TOKENS = 1024
+"""Steps of more tokens are bound by arithmetic: torch's grouped GEMM serves them better."""
+
+
+@triton.jit
+def _lists_kernel(index_ptr, lists_ptr, counts_ptr, num_pairs, capacity, BLOCK: tl.constexpr):
+    """One program an expert: the pairs that chose it, in order, and how many they are."""
+    expert = tl.program_id(0)
+    count = 0
+    for start in range(0, num_pairs, BLOCK):
+        pairs = start + tl.arange(0, BLOCK)
+        chosen = tl.load(index_ptr + pairs, mask=pairs < num_pairs, other=-1) == expert
+        ones = chosen.to(tl.int32)
+        place = count + tl.cumsum(ones, 0) - ones
+        tl.store(lists_ptr + expert * capacity + place, pairs, mask=chosen)
+        count += tl.sum(ones, 0)
+    tl.store(counts_ptr + expert, count)
+
+
+@triton.jit
+def _gate_up_kernel(
+    x_ptr, weights, lists_ptr, counts_ptr, act_ptr, capacity,
+    TOP_K: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """act[pair, i] = silu(gate) · up for BM values of i and all tokens of one expert."""
+    tiles: tl.constexpr = I // BM
+    expert = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    count = tl.load(counts_ptr + expert)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    for start in range(0, count, BN):
+        columns = start + tl.arange(0, BN)
+        real = columns < count
+        pair = tl.load(lists_ptr + expert * capacity + columns, mask=real, other=0)
+        token = (pair // TOP_K).to(tl.int64)
+        gate = tl.zeros((BM, BN), dtype=tl.float32)
+        up = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in tl.range(0, H, BK, num_stages=STAGES):
+            x = tl.load(
+                x_ptr + token[None, :] * H + (k + tl.arange(0, BK))[:, None], mask=real[None, :], other=0.0
+            )
+            w_gate = weights.load([expert * 2 * I + tile * BM, k])
+            w_up = weights.load([expert * 2 * I + I + tile * BM, k])
+            gate = tl.dot(w_gate, x, gate, input_precision=precision)
+            up = tl.dot(w_up, x, up, input_precision=precision)
+        act = gate * tl.sigmoid(gate) * up
+        rows = tile * BM + tl.arange(0, BM)
+        out = act_ptr + pair.to(tl.int64)[None, :] * I + rows[:, None]
+        tl.store(out, act.to(act_ptr.dtype.element_ty), mask=real[None, :])
+
+
+@triton.jit
+def _down_kernel(
+    act_ptr, weights, lists_ptr, counts_ptr, routing_ptr, out_ptr, capacity,
+    H: tl.constexpr, I: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """out[pair, h] = routing weight · (down · act)[h] for BM values of h and all tokens of one expert."""
+    tiles: tl.constexpr = H // BM
+    expert = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    count = tl.load(counts_ptr + expert)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    for start in range(0, count, BN):
+        columns = start + tl.arange(0, BN)
+        real = columns < count
+        pair = tl.load(lists_ptr + expert * capacity + columns, mask=real, other=0).to(tl.int64)
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in tl.range(0, I, BK, num_stages=STAGES):
+            act = tl.load(
+                act_ptr + pair[None, :] * I + (k + tl.arange(0, BK))[:, None], mask=real[None, :], other=0.0
+            )
+            acc = tl.dot(weights.load([expert * H + tile * BM, k]), act, acc, input_precision=precision)
+        acc *= tl.load(routing_ptr + pair, mask=real, other=0.0).to(tl.float32)[None, :]
+        rows = tile * BM + tl.arange(0, BM)
+        out = out_ptr + pair[None, :] * H + rows[:, None]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=real[None, :])
+
+
+@triton.jit
+def _sum_kernel(pairs_ptr, out_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = the sum of a token's TOP_K pairs, in their order."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = pairs_ptr + (token * TOP_K + k) * H
+        total += tl.load(row + columns, mask=columns < H, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * H + columns, total.to(out_ptr.dtype.element_ty), mask=columns < H)
+
+
+def takes(gate_up: Tensor, down: Tensor) -> bool:
+    """Whether `experts` can run with these weights: whole tiles, and a dtype that the matrix units take."""
+    hidden, intermediate = down.shape[1], down.shape[2]
+    return hidden % 128 == 0 and intermediate % 64 == 0 and gate_up.dtype in (torch.bfloat16, torch.float16)
+
+
+def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Σ_k w_k · down_e(silu(gate_e x) · up_e x) over the experts e that each token chose; the twin is
+    `reference.experts`.
+
+    hidden [T, H], top_k_index and top_k_weights [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H].
+    """
+    tokens, top_k = top_k_index.shape
+    num_experts, width, intermediate = down.shape
+    assert gate_up.shape == (num_experts, 2 * intermediate, width) and hidden.shape == (tokens, width)
+    assert gate_up.is_contiguous() and down.is_contiguous()
+    hidden, top_k_index, top_k_weights = (x.contiguous() for x in (hidden, top_k_index, top_k_weights))
+    pairs = tokens * top_k
+    device = hidden.device
+    lists = torch.empty(num_experts, tokens, dtype=torch.int32, device=device)
+    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+    act = torch.empty(pairs, intermediate, dtype=hidden.dtype, device=device)
+    parts = torch.empty(pairs, width, dtype=hidden.dtype, device=device)
+    out = torch.empty_like(hidden)
+    columns = _columns(pairs / num_experts)
+    block = min(1024, triton.next_power_of_2(pairs))
+    _lists_kernel[(num_experts,)](top_k_index, lists, counts, pairs, tokens, BLOCK=block, num_warps=4)
+    ieee = hidden.dtype == torch.float32
+    up_rows, depth = 64, 128 if width % 128 == 0 else 64
+    weights = TensorDescriptor.from_tensor(gate_up.view(-1, width), [up_rows, depth])
+    _gate_up_kernel[(num_experts * (intermediate // up_rows),)](
+        hidden, weights, lists, counts, act, tokens,
+        TOP_K=top_k, H=width, I=intermediate, BM=up_rows, BN=columns, BK=depth,
+        STAGES=3, IEEE=ieee, num_warps=4,
+    )  # fmt: skip
+    down_rows, depth = 128, 128 if intermediate % 128 == 0 else 64
+    weights = TensorDescriptor.from_tensor(down.view(-1, intermediate), [down_rows, depth])
+    _down_kernel[(num_experts * (width // down_rows),)](
+        act, weights, lists, counts, top_k_weights, parts, tokens,
+        H=width, I=intermediate, BM=down_rows, BN=columns, BK=depth,
+        STAGES=3, IEEE=ieee, num_warps=4,
+    )  # fmt: skip
+    block = min(1024, triton.next_power_of_2(width))
+    _sum_kernel[(tokens, triton.cdiv(width, block))](parts, out, H=width, TOP_K=top_k, BLOCK=block, num_warps=4)
+    return out
+
+
+def _columns(mean: float) -> int:
+    """Tokens a tile, for a mean number of tokens an expert: few reloads of weights, little padding."""
+    return 16 if mean <= 6 else 32 if mean <= 16 else 64
