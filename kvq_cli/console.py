@@ -102,11 +102,12 @@ def show_error(error: KvqError) -> None:
 
 @contextmanager
 def progress(label: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr, or nothing where stderr is no terminal.
+    """A progress bar on stderr, or its label alone where stderr is no terminal.
 
     Yields `update(done=None, total=None, label=None)`: `done` is the count so far, not an increment.
     """
     if not sys.stderr.isatty():
+        say(label)
         yield lambda done=None, total=None, label=None: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -4,14 +4,14 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kvq_cli import console
-from kvq_cli.commands.run import has_chat_template
+from kvq_cli.commands.run import check_text, has_chat_template, open_pipeline
 from kvq_cli.options import (
     DEFAULT_MODEL,
     SAMPLING,
@@ -30,7 +30,7 @@ from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.errors import KvqError, UsageError
 
 if TYPE_CHECKING:
-    from kvq_core.pipeline import Pipeline
+    from kvq_core.pipeline import Pipeline, Response
 
 
 @engine_options()
@@ -58,10 +58,7 @@ def chat(
         seed=config.seed,
         stop=stop,
     )
-    from kvq_core.pipeline import pipeline
-
-    console.say(f"loading {model}")
-    with pipeline(model, config) as pipe:
+    with open_pipeline(model, config) as pipe:
         if not has_chat_template(pipe):
             raise KvqError(
                 f"{model} has no chat template", "use an instruction-tuned model, or `kvq run --raw`"
@@ -89,7 +86,7 @@ class Chat:
         self.config = config
         self.params = params
         self.model = model
-        self.system = system
+        self.system: str | None = system
         self.messages: list[dict[str, str]] = []
         self.last = Turn()
         self.interactive = sys.stdin.isatty()
@@ -163,30 +160,33 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Generate the answer to `text`, shown as it grows; after Ctrl-C, what there is of it is kept."""
+        check_text(text)
         self.messages.append({"role": "user", "content": text})
+        answer, turn, start = "", Turn(), time.perf_counter()
         try:
             prompt = self.fit()
-        except KvqError:
-            self.messages.pop()
+            with stop_on_interrupt(self.interactive) as stopped:
+                stream = cast("Generator[Response]", self.pipe.stream_infer(prompt, params=self.params))
+                try:
+                    for delta in stream:
+                        turn.ttft = turn.ttft or time.perf_counter() - start
+                        turn.input_tokens = delta.input_len
+                        turn.output_tokens += len(delta.token_ids)
+                        answer += delta.text
+                        console.emit(delta.text, end="")
+                        if stopped():
+                            break
+                finally:
+                    stream.close()  # cancels what is still running
+        except BaseException:
+            self.messages.pop()  # a question without an answer would stand in the way of the next
             raise
-        answer, turn, start = "", Turn(), time.perf_counter()
-        with stop_on_interrupt(self.interactive) as stopped:
-            stream = self.pipe.stream_infer(prompt, params=self.params)
-            try:
-                for delta in stream:
-                    turn.ttft = turn.ttft or time.perf_counter() - start
-                    turn.input_tokens = delta.input_len
-                    turn.output_tokens += len(delta.token_ids)
-                    answer += delta.text
-                    console.emit(delta.text, end="")
-                    if stopped():
-                        break
-            finally:
-                stream.close()  # cancels what is still running
-        turn.seconds = time.perf_counter() - start
-        console.emit("")
+        finally:
+            if answer:
+                console.emit("")
         if stopped():
             console.say("(stopped)")
+        turn.seconds = time.perf_counter() - start
         self.last = turn
         self.messages.append({"role": "assistant", "content": answer})
 
@@ -195,14 +195,14 @@ class Chat:
         dropped = 0
         while True:
             prompt = self.prompt()
-            room = self.pipe.max_request_tokens - self.pipe.count_tokens(prompt)
-            if room >= min(self.params.max_new_tokens, self.pipe.max_request_tokens // 4):
+            room = self.context - self.count_tokens(prompt)
+            if room >= min(self.params.max_new_tokens, self.context // 4):
                 break
             if len(self.messages) == 1:
                 if room > 0:
                     break
                 raise KvqError(
-                    f"the message is longer than the context of {self.pipe.max_request_tokens} tokens",
+                    f"the message is longer than the context of {self.context} tokens",
                     "shorten it, or raise `--kv-memory` or `--max-model-len` where these set the limit",
                 )
             del self.messages[:2]
@@ -211,12 +211,23 @@ class Chat:
             console.warn(f"the context is full: the oldest {dropped} messages are no longer part of it")
         return prompt
 
+    @property
+    def context(self) -> int:
+        """Most tokens that a conversation can have: the model's limit, or the cache's."""
+        assert self.pipe.engine is not None
+        return self.pipe.engine.plan.max_request_tokens
+
+    def count_tokens(self, messages: list[dict[str, str]]) -> int:
+        from kvq_core.prompts import encode
+
+        return len(encode(self.pipe.model, messages))
+
     def prompt(self) -> list[dict[str, str]]:
         first = [{"role": "system", "content": self.system}] if self.system else []
         return first + self.messages
 
     def show_help(self, _: str) -> None:
-        for name, (_, argument, meaning) in self.commands.items():
+        for name, (_run, argument, meaning) in self.commands.items():
             console.say(f"  {f'{name} {argument}':<14} {meaning}")
 
     def reset(self, _: str) -> None:
@@ -245,7 +256,7 @@ class Chat:
             f" {stats['bits_per_element']:.2f} bits an element\n"
             f"  last answer   {turn.output_tokens} tokens, first after {turn.ttft:.2f} s,"
             f" then {max(rate, 0):.1f} tokens/s\n"
-            f"  context       {used} of {self.pipe.max_request_tokens} tokens\n"
+            f"  context       {used} of {self.context} tokens\n"
             f"  its KV cache  {format_size(used * stats['bytes_per_token'])},"
             f" room for {stats['capacity_tokens']:,} tokens"
         )

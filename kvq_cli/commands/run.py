@@ -87,10 +87,7 @@ def run(
         stop=stop,
         ignore_eos=ignore_eos,
     )
-    from kvq_core.pipeline import pipeline
-
-    console.say(f"loading {model}")
-    with pipeline(model, config) as pipe:
+    with open_pipeline(model, config) as pipe:
         answers = Answers(texts, show=not json)
         try:
             answers.collect(pipe, as_messages(pipe, texts, chat, system), params)
@@ -98,6 +95,14 @@ def run(
             if json:
                 console.emit_json(answers.document(model, config))
         console.say(answers.summary(config))
+
+
+def open_pipeline(model: str, config: EngineConfig) -> "Pipeline":
+    """Load a model and start its engine, with a bar on a terminal."""
+    from kvq_core.pipeline import pipeline
+
+    with console.progress(f"loading {model}") as update:
+        return pipeline(model, config, progress=update)
 
 
 def gather_prompts(argument: str | None, options: list[str], file: Path | None) -> list[str]:
@@ -112,9 +117,16 @@ def gather_prompts(argument: str | None, options: list[str], file: Path | None) 
     for text in texts:
         if not text.strip():
             raise UsageError("the prompt is empty", '`kvq run "Why is the sky blue?"`')
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UsageError("the prompt is not valid UTF-8", "give it in UTF-8")
+        check_text(text)
     return texts
+
+
+def check_text(text: str) -> None:
+    """`UsageError` for text with bytes that Python could not decode (they become lone surrogates)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError("the prompt is not valid UTF-8", "give it in UTF-8") from error
 
 
 def read_prompts(file: Path) -> list[str]:
