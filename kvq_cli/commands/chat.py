@@ -29,6 +29,8 @@ from kvq_cli.options import (
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.errors import KvqError, UsageError
 
+INTERRUPTED = 130
+
 if TYPE_CHECKING:
     from kvq_core.pipeline import Pipeline, Response
 
@@ -115,6 +117,10 @@ class Chat:
                     self.answer(text)
             except EOFError:
                 return
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                console.say("(stopped)")
             except KvqError as error:
                 console.show_error(error)
         if self.interactive:
@@ -164,8 +170,8 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         answer, turn, start = "", Turn(), time.perf_counter()
         try:
-            prompt = self.fit()
             with stop_on_interrupt(self.interactive) as stopped:
+                prompt = self.fit()
                 stream = cast("Generator[Response]", self.pipe.stream_infer(prompt, params=self.params))
                 try:
                     for delta in stream:
@@ -285,16 +291,16 @@ class Chat:
 
 @contextmanager
 def stop_on_interrupt(wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Within, a first Ctrl-C only sets what the yielded function tells; a second one is a KeyboardInterrupt.
+    """Within, a first Ctrl-C only sets what the yielded function tells; a second one leaves the program.
 
-    A step of the engine is thus never cut in two by one Ctrl-C.
+    A step of the engine is thus never cut in two and then gone on with.
     """
     pressed = False
 
     def note(signum: int, frame: Any) -> None:
         nonlocal pressed
         if pressed:
-            raise KeyboardInterrupt
+            raise SystemExit(INTERRUPTED)
         pressed = True
 
     previous = signal.signal(signal.SIGINT, note) if wanted else None

@@ -1,0 +1,57 @@
+"""`kvq profile-throughput`: replay requests under one policy and measure."""
+
+from typing import Annotated
+
+import typer
+
+from kvq_cli import console
+from kvq_cli.benchmark import DEFINITIONS_HELP, LoadPlan, emit_tables, load_options, measure_policies
+from kvq_cli.options import DEFAULT_MODEL, OUTPUT_PANEL, Json, Model, OutputFile, engine_options
+from kvq_core.config import EngineConfig
+
+
+def profile_throughput(
+    model: Model = DEFAULT_MODEL,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Name of the run in tables.",
+            show_default="the policy's name",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
+    output: OutputFile = None,
+    json: Json = False,
+    *,
+    plan: LoadPlan,
+    config: EngineConfig,
+) -> None:
+    policy = config.resolved_policy()
+    session = measure_policies(model, config, [policy], plan, output, label=label, as_list=False)
+    documents = [record.to_dict() for record in session.records]
+    if json:
+        console.emit_json(session.documents(documents))
+    else:
+        from kvq_core.bench.compare import compare_records
+        from kvq_core.bench.report import notes, run_tables
+
+        comparison = compare_records(session.records)
+        emit_tables(run_tables(session.records[0]), notes(session.records), comparison.warnings())
+    session.save(documents)
+    if output:
+        console.say(f"wrote {output}")
+    session.finish()
+
+
+profile_throughput.__doc__ = f"""Replay requests under one policy, and measure throughput and latency.
+
+With nothing else given, the demo model answers the conversations that ship with kvq.
+
+kvq profile-throughput --policy 42 --concurrency 64
+kvq profile-throughput --model Qwen/Qwen3-8B --policy 42 --dataset-path hub --num-prompts 1000
+kvq profile-throughput --model qwen3-30b-a3b --load-format dummy --dataset-name fixed --input-len 8192
+
+{DEFINITIONS_HELP}
+"""
+profile_throughput = engine_options(without=("max_num_seqs",))(load_options(profile_throughput))
