@@ -18,4 +18,4 @@ class NoneCodec(BaseCodec):
 
     def decode(self, codes: Tensor, meta: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
         """`dtype` is the one that was stored."""
-        return codes.contiguous().view(dtype)
+        return codes.view(dtype)
