@@ -6,13 +6,16 @@ from typing import Annotated
 import typer
 
 from kvq_cli import console
-from kvq_cli.benchmark import DEFINITIONS_HELP, LoadPlan, Session, emit_tables, load_options, measure_policies
+from kvq_cli.benchmark import DEFINITIONS_HELP, Session, emit_tables, measure_policies
+from kvq_cli.load_options import LoadPlan, load_options
 from kvq_cli.options import DEFAULT_MODEL, OUTPUT_PANEL, Json, Model, OutputFile, Policies, engine_options
 from kvq_core.config import EngineConfig
-from kvq_core.errors import UsageError
-from kvq_core.policies import parse_policies
+from kvq_core.errors import KvqError, UsageError
+from kvq_core.policies import Policy, parse_policies
 
 
+@engine_options(without=("policy", "max_num_seqs"))
+@load_options
 def compare(
     files: Annotated[
         list[Path] | None,
@@ -48,19 +51,27 @@ def compare(
     config: EngineConfig,
 ) -> None:
     if json + markdown + csv > 1:
-        raise UsageError("--json, --markdown and --csv are one or the other", "--output writes JSON beside any of them")
+        raise UsageError(
+            "--json, --markdown and --csv are one or the other", "--output writes JSON beside any of them"
+        )
     if bool(files) == bool(policies):
         raise UsageError(
             "`kvq compare` takes files of records, or --policies to measure" + ", not both" * bool(files),
             "`kvq compare --policies 0,8,4,42`, or `kvq compare A.json B.json`",
         )
-    session = _read(files, output) if files else _run(policies, baseline, model, plan, config, output)
+    if files:
+        session = _read(files, output)
+    else:
+        chosen = parse_policies(policies)
+        _check_baseline(baseline, chosen, config)
+        session = measure_policies(model, config, chosen, plan, output, as_list=True)
+        if baseline and not any(record.is_called(baseline) for record in session.records):
+            console.warn(f"the baseline {baseline} was not measured; the first policy takes its place")
+            baseline = None
 
     from kvq_core.bench import report
     from kvq_core.bench.compare import compare_records
 
-    if baseline and session.interrupted:
-        baseline = None if not _has(session, baseline) else baseline
     comparison = compare_records(session.records, baseline)
     warnings = comparison.warnings()
     if json:
@@ -78,3 +89,35 @@ def compare(
     if output:
         console.say(f"wrote {output}")
     session.finish()
+
+
+def _read(files: list[Path], output: Path | None) -> Session:
+    from kvq_core.bench.record import check_output, read_records
+
+    if output:
+        check_output(output)
+    return Session(output, as_list=True, records=read_records(files))
+
+
+def _check_baseline(baseline: str | None, policies: list[Policy], config: EngineConfig) -> None:
+    """Refuse a baseline that is none of the policies, before any of them is measured."""
+    resolved = [config.replace(policy=policy).resolved_policy() for policy in policies]
+    names = {str(name) for policy in resolved for name in (policy.label, policy.name, policy.number)}
+    if baseline is not None and baseline.lower() not in names:
+        raise KvqError(
+            f"--baseline {baseline} is none of the policies",
+            f"use one of {', '.join(policy.label for policy in resolved)}",
+        )
+
+
+compare.__doc__ = f"""Put policies side by side: throughput, latency, memory, and changes against a baseline.
+
+With --policies, one model load serves all of them: the same requests, one policy after another, with the same
+memory for the cache. With files, compares runs of earlier, on any machine.
+
+kvq compare --policies 0,8,4,42
+kvq compare --policies 0,42 --model Qwen/Qwen3-8B --concurrency 128 --kv-memory 16GiB --output runs.json
+kvq compare runs.json other.json --baseline none --markdown
+
+{DEFINITIONS_HELP}
+"""

@@ -5,11 +5,14 @@ from typing import Annotated
 import typer
 
 from kvq_cli import console
-from kvq_cli.benchmark import DEFINITIONS_HELP, LoadPlan, emit_tables, load_options, measure_policies
+from kvq_cli.benchmark import DEFINITIONS_HELP, emit_tables, measure_policies
+from kvq_cli.load_options import LoadPlan, load_options
 from kvq_cli.options import DEFAULT_MODEL, OUTPUT_PANEL, Json, Model, OutputFile, engine_options
 from kvq_core.config import EngineConfig
 
 
+@engine_options(without=("max_num_seqs",))
+@load_options
 def profile_throughput(
     model: Model = DEFAULT_MODEL,
     label: Annotated[
@@ -54,4 +57,3 @@ kvq profile-throughput --model qwen3-30b-a3b --load-format dummy --dataset-name 
 
 {DEFINITIONS_HELP}
 """
-profile_throughput = engine_options(without=("max_num_seqs",))(load_options(profile_throughput))

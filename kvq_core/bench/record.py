@@ -60,6 +60,11 @@ class RunRecord:
     def concurrency(self) -> int | None:
         return self.workload.get("concurrency")
 
+    def is_called(self, name: str) -> bool:
+        """Whether `name` is the label, or the policy's name or number."""
+        known = (self.label, self.name, self.policy.get("name"), self.policy.get("number"))
+        return name.lower() in {str(value).lower() for value in known if value is not None}
+
     def get(self, key: str) -> float | None:
         """A figure by its name, of the metrics or of `kv`."""
         return self.metrics.get(key, self.kv.get(key))
@@ -195,11 +200,13 @@ def check_output(path: Path) -> None:
         ) from error
 
 
-def write_records(path: Path, documents: Any, rows: Sequence[dict[str, Any]] = ()) -> None:
+def write_records(
+    path: Path, documents: Any, rows: Sequence[dict[str, Any]] = (), *, rescue: bool = True
+) -> None:
     """Write a record, or a list of them, and the rows of their requests, each file in one stroke.
 
-    On a full disk or where writing is forbidden, what was measured goes to the folder for temporary files,
-    or else to stdout, and a `KvqError` says where.
+    On a full disk or where writing is forbidden, a `KvqError` says so; with `rescue`, what was measured
+    goes to the folder for temporary files, or else to stdout, and the error says where.
     """
     text = json.dumps(documents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
@@ -208,10 +215,10 @@ def write_records(path: Path, documents: Any, rows: Sequence[dict[str, Any]] = (
         if rows:
             write_atomic(requests_path(path), lines)
     except OSError as error:
-        kept = _rescue(path.name, text)
+        kept = f"what was measured is {_rescue(path.name, text)}; " if rescue else ""
         raise KvqError(
-            f"cannot write {error.filename or path}: {error.strerror or error}",
-            f"what was measured is {kept}; free some space, or choose another place for --output",
+            f"cannot write {path}: {error.strerror or error}",
+            f"{kept}free some space, or choose another place for --output",
         ) from error
 
 

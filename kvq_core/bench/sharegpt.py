@@ -7,10 +7,10 @@ from dataclasses import replace
 from importlib.resources import files
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kvq_core.bench.record import parse_json, read_bytes
-from kvq_core.bench.workload import Tokenizer, Workload, WorkloadSpec, finish
+from kvq_core.bench.workload import Dataset, Tokenizer, Workload, WorkloadSpec, finish
 from kvq_core.errors import KvqError
 
 MIN_TOKENS = 4
@@ -24,16 +24,26 @@ BLOCK = 256
 """Conversations tokenized at a time: a run needs a few hundred of the hub file's 90,000."""
 
 
-def load_sharegpt(spec: WorkloadSpec, tokenizer: Tokenizer, *, max_len: int | None = None) -> Workload:
+def read_sharegpt(path: str | None) -> Dataset:
+    """The conversations of a file, of the shipped sample (None), or of the hub's file (`hub`).
+
+    Raises `KvqError` for a file that is missing, no JSON, or not in ShareGPT's schema.
+    """
+    place = find_dataset(path)
+    data = read_bytes(place)
+    pairs, dropped = read_conversations(parse_json(data, place), place)
+    return Dataset(place.name, hashlib.sha256(data).hexdigest(), pairs, dropped)
+
+
+def replay_sharegpt(
+    spec: WorkloadSpec, dataset: Dataset, tokenizer: Tokenizer, *, max_len: int | None = None
+) -> Workload:
     """Conversations in an order drawn with the seed, filtered as by LMDeploy's profiler, repeated if too few.
 
     The filter: first human turn and the assistant's answer both at least 4 tokens, the prompt at most
-    1,024, their sum at most 2,048 (or `max_len`). Raises `KvqError` for a bad file, and where nothing
-    is left.
+    1,024, their sum at most 2,048 (or `max_len`). Raises `KvqError` where nothing is left.
     """
-    path = find_dataset(spec.path)
-    data = read_bytes(path)
-    pairs, dropped = read_conversations(parse_json(data, path), path)
+    pairs, dropped = cast(list[tuple[str, str]], list(dataset.pairs)), Counter(dataset.dropped)
     random.Random(f"order {spec.seed}").shuffle(pairs)
     limit = min(MAX_TOTAL, max_len or MAX_TOTAL)
     needed = spec.num_prompts + spec.num_warmup
@@ -50,7 +60,7 @@ def load_sharegpt(spec: WorkloadSpec, tokenizer: Tokenizer, *, max_len: int | No
     if not chosen:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it is empty"
         raise KvqError(
-            f"no conversation of {path.name} passes the filter: {reasons}",
+            f"no conversation of {dataset.name} passes the filter: {reasons}",
             f"prompt and answer need at least {MIN_TOKENS} tokens each, the prompt at most {MAX_PROMPT}, "
             f"both together at most {limit}",
         )
@@ -59,7 +69,7 @@ def load_sharegpt(spec: WorkloadSpec, tokenizer: Tokenizer, *, max_len: int | No
         "filter": {"min_len": MIN_TOKENS, "max_input_len": MAX_PROMPT, "max_total_len": limit},
     }
     workload = finish(spec, list(islice(cycle(chosen), needed)), settings)
-    return replace(workload, dataset=path.name, sha256=hashlib.sha256(data).hexdigest())
+    return replace(workload, dataset=dataset.name, sha256=dataset.sha256)
 
 
 def find_dataset(path: str | None) -> Path:

@@ -2,10 +2,11 @@
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from kvq_core.bench.record import parse_json, read_bytes
 from kvq_core.bench.target import BenchRequest
@@ -64,6 +65,19 @@ class WorkloadSpec:
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """A file that was read and checked."""
+
+    name: str
+    """Without its folder."""
+    sha256: str
+    pairs: list[tuple[str, str]] | list[tuple[int, int]]
+    """Prompts and answers, or their lengths."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Why how many entries were left out."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """Requests to replay, requests to warm up with, and what a run record says of them."""
 
@@ -94,40 +108,63 @@ class Workload:
         }
 
 
+def read_dataset(spec: WorkloadSpec) -> Dataset | None:
+    """The file of a workload, checked, before a model is loaded; None for a workload without one.
+
+    Raises `KvqError` for a missing or bad file.
+    """
+    if spec.name == "sharegpt":
+        from kvq_core.bench.sharegpt import read_sharegpt
+
+        return read_sharegpt(spec.path)
+    return read_lengths(Path(spec.path)) if spec.path is not None else None
+
+
 def make_workload(
-    spec: WorkloadSpec, *, tokenizer: Tokenizer | None, vocab_size: int, max_len: int | None = None
+    spec: WorkloadSpec,
+    dataset: Dataset | None,
+    *,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    max_len: int | None = None,
 ) -> Workload:
     """The workload of `spec` for a model; `max_len` is the most tokens it holds, prompt and answer together.
 
-    Raises `KvqError` for a missing or bad file, for lengths that the model can't hold, and where text is
-    to be replayed without a tokenizer.
+    Raises `KvqError` for lengths that the model can't hold, and where text is to be replayed without a
+    tokenizer.
     """
     if spec.name == "sharegpt":
-        from kvq_core.bench.sharegpt import load_sharegpt
+        from kvq_core.bench.sharegpt import replay_sharegpt
 
+        assert dataset is not None
         if tokenizer is None:
             raise KvqError(
                 "this model has no tokenizer, which replaying text needs",
                 "`--dataset-name lengths`, `fixed` or `random` make token ids instead",
             )
-        return load_sharegpt(spec, tokenizer, max_len=max_len)
-    if spec.name == "lengths":
-        return load_lengths(spec, vocab_size, max_len=max_len)
+        return replay_sharegpt(spec, dataset, tokenizer, max_len=max_len)
+    if dataset is not None:
+        return replay_lengths(spec, dataset, vocab_size, max_len=max_len)
     return make_lengths(spec, vocab_size, max_len=max_len)
 
 
-def load_lengths(spec: WorkloadSpec, vocab_size: int, *, max_len: int | None = None) -> Workload:
-    """Random token ids with the [input, output] lengths of a JSON list, in the file's order, repeated."""
-    assert spec.path is not None
-    path = Path(spec.path)
+def read_lengths(path: Path) -> Dataset:
     data = read_bytes(path)
     pairs = _check_pairs(parse_json(data, path), path)
+    return Dataset(path.name, hashlib.sha256(data).hexdigest(), pairs)
+
+
+def replay_lengths(
+    spec: WorkloadSpec, dataset: Dataset, vocab_size: int, *, max_len: int | None = None
+) -> Workload:
+    """Random token ids with the [input, output] lengths of a JSON list, in the file's order, repeated."""
+    pairs = cast(list[tuple[int, int]], dataset.pairs)
     chosen = [pairs[i % len(pairs)] for i in range(spec.num_prompts + spec.num_warmup)]
     workload = _from_lengths(spec, chosen, vocab_size, max_len)
     return replace(
         workload,
-        dataset=path.name,
-        sha256=hashlib.sha256(data).hexdigest(),
+        dataset=dataset.name,
+        sha256=dataset.sha256,
         settings=workload.settings | {"distinct_prompts": spec.num_prompts},
     )
 

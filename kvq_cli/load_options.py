@@ -1,0 +1,175 @@
+"""The flags of the load that a benchmark puts on an engine, and what they amount to where the model runs."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from kvq_cli import console
+from kvq_cli.options import ENGINE_PANEL
+from kvq_core.bench.workload import NAMES, WorkloadSpec
+from kvq_core.errors import UsageError
+
+LOAD_PANEL = "Load"
+CPU_OUTPUT_CAP = 64
+"""On a CPU, answers are cut to this many tokens unless --max-output-len says otherwise."""
+
+
+def _flag(
+    kind: Any, name: str, help: str, *, metavar: str = "N", panel: str = LOAD_PANEL, **more: Any
+) -> Any:
+    return Annotated[kind, typer.Option(name, help=help, metavar=metavar, rich_help_panel=panel, **more)]
+
+
+def _count(name: str, help: str, default: str, panel: str = LOAD_PANEL) -> Any:
+    """A positive number that is chosen for the user; `default` says how."""
+    return _flag(int | None, name, help, min=1, show_default=default, panel=panel)
+
+
+def _complete_name(incomplete: str) -> list[str]:
+    return [name for name in NAMES if name.startswith(incomplete)]
+
+
+Concurrency = Annotated[
+    int,
+    typer.Option(
+        "--concurrency",
+        "-c",
+        min=1,
+        metavar="N",
+        help="Requests in flight: the next one is sent as soon as one ends.",
+        rich_help_panel=LOAD_PANEL,
+    ),
+]
+LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
+    "concurrency": (Concurrency, 64),
+    "num_prompts": (
+        _count("--num-prompts", "Requests to measure.", "2 x concurrency; on a CPU, concurrency"),
+        None,
+    ),
+    "max_output_len": (
+        _count("--max-output-len", "Cut answers to N tokens.", f"uncut; on a CPU, {CPU_OUTPUT_CAP}"),
+        None,
+    ),
+    "warmup": (
+        _count(
+            "--warmup",
+            "Requests before the measured ones, stopped after 8 tokens; at least as many as are in flight, "
+            "so that nothing is measured the first time that it runs.",
+            "as many as are in flight",
+        ),
+        None,
+    ),
+    "dataset_name": (
+        _flag(
+            str,
+            "--dataset-name",
+            "sharegpt: recorded conversations, the first prompt and as many tokens as its answer has. "
+            "lengths: random token ids, lengths from a file. fixed, random: random token ids, --input-len "
+            "and --output-len of them.",
+            metavar="NAME",
+            autocompletion=_complete_name,
+        ),
+        "sharegpt",
+    ),
+    "dataset_path": (
+        Annotated[
+            str | None,
+            typer.Option(
+                "--dataset-path",
+                "--dataset",
+                metavar="FILE",
+                help="sharegpt: a JSON file in ShareGPT's schema, or `hub` to download the usual one. "
+                "lengths: a JSON list of pairs, tokens of prompt and answer.",
+                show_default="the sample that ships with kvq",
+                rich_help_panel=LOAD_PANEL,
+            ),
+        ],
+        None,
+    ),
+    "input_len": (
+        _flag(int, "--input-len", "Tokens of a prompt (fixed), or their mean (random).", min=1),
+        512,
+    ),
+    "output_len": (
+        _flag(int, "--output-len", "Tokens of an answer (fixed), or their mean (random).", min=1),
+        128,
+    ),
+    "range_ratio": (
+        _flag(
+            float,
+            "--range-ratio",
+            "random: lengths are uniform in mean * (1 - X) to mean * (1 + X).",
+            metavar="X",
+        ),
+        0.5,
+    ),
+    "max_num_seqs": (
+        _count("--max-num-seqs", "Most requests that run at the same time.", "concurrency", ENGINE_PANEL),
+        None,
+    ),
+}
+"""Argument -> its flag and default."""
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What to replay and how; None is resolved once it is known where the model runs."""
+
+    spec: WorkloadSpec
+    concurrency: int
+    num_prompts: int | None
+    max_output_len: int | None
+    warmup: int | None
+    max_num_seqs: int | None
+
+    def resolve(self, on_cpu: bool) -> WorkloadSpec:
+        """Sizes for where the model runs; says so where they are smaller than elsewhere."""
+        num_prompts = self.num_prompts or self.concurrency * (1 if on_cpu else 2)
+        max_output_len = self.max_output_len or (CPU_OUTPUT_CAP if on_cpu else None)
+        if on_cpu and None in (self.num_prompts, self.max_output_len):
+            console.say(
+                f"on a CPU: {num_prompts} requests, answers cut to {max_output_len} tokens"
+                " (--num-prompts, --max-output-len)"
+            )
+        in_flight = min(self.concurrency, num_prompts)
+        warmup = self.warmup or in_flight
+        if warmup < in_flight:
+            raise UsageError(
+                f"--warmup {warmup} is less than the {in_flight} requests in flight",
+                "leave it out, or warm up with at least as many: what runs first is slower",
+            )
+        return replace(self.spec, num_prompts=num_prompts, num_warmup=warmup, max_output_len=max_output_len)
+
+
+def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the flags of the load; it receives one `plan: LoadPlan`."""
+
+    @wraps(command)
+    def with_plan(**values: Any) -> Any:
+        return command(plan=_plan({name: values.pop(name) for name in LOAD_FLAGS}), **values)
+
+    signature = inspect.signature(command)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [p.replace(kind=kind) for p in signature.parameters.values() if p.name != "plan"]
+    parameters += [
+        inspect.Parameter(name, kind, default=default, annotation=flag)
+        for name, (flag, default) in LOAD_FLAGS.items()
+    ]
+    with_plan.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return with_plan
+
+
+def _plan(values: dict[str, Any]) -> LoadPlan:
+    own = ("concurrency", "num_prompts", "max_output_len", "warmup", "max_num_seqs")
+    spec = WorkloadSpec(
+        name=values["dataset_name"],
+        path=values["dataset_path"],
+        input_len=values["input_len"],
+        output_len=values["output_len"],
+        range_ratio=values["range_ratio"],
+    )
+    return LoadPlan(spec, **{name: values[name] for name in own})

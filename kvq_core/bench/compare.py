@@ -1,0 +1,160 @@
+"""Records side by side: which is the baseline of which, relative changes, and what makes them unlike."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from kvq_core.bench.record import RunRecord
+from kvq_core.errors import KvqError
+
+CHANGES = (
+    "request_throughput", "input_throughput", "output_throughput", "mean_e2el_ms", "mean_ttft_ms",
+    "mean_tpot_ms", "mean_itl_ms", "bytes_per_token", "bits_per_element", "capacity_tokens",
+)  # fmt: skip
+"""Figures that are put in relation to the baseline's."""
+_ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Records, and for each the one that it is measured against (the baseline's against itself)."""
+
+    records: Sequence[RunRecord]
+    baselines: Sequence[RunRecord]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What tells the records apart: name, and where that is not enough, concurrency or a number."""
+        names = [record.name for record in self.records]
+        if len({record.concurrency for record in self.records}) > 1:
+            names = [f"{name} c{r.concurrency}" for name, r in zip(names, self.records, strict=True)]
+        seen: Counter[str] = Counter()
+        unique = []
+        for name in names:
+            seen[name] += 1
+            unique.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
+        return unique
+
+    def is_baseline(self, i: int) -> bool:
+        return self.records[i] is self.baselines[i]
+
+    def change(self, i: int, key: str) -> float | None:
+        """Record i's figure by its baseline's; None where either is missing or zero."""
+        mine, base = self.records[i].get(key), self.baselines[i].get(key)
+        return mine / base if mine and base else None
+
+    def documents(self) -> list[dict[str, Any]]:
+        """The records as JSON objects, each with its changes: 0.05 is 5% more than the baseline."""
+        documents = []
+        for i, record in enumerate(self.records):
+            changes = {key: self.change(i, key) for key in CHANGES}
+            relative = {key: value - 1 for key, value in changes.items() if value is not None}
+            name = self.names[self._index(self.baselines[i])]
+            documents.append(record.to_dict() | {"vs_baseline": {"baseline": name, **relative}})
+        return documents
+
+    def warnings(self) -> list[str]:
+        """What a reader must know before trusting the comparison."""
+        found = [self._incomplete(i) for i, record in enumerate(self.records) if not record.complete]
+        found += [self._failed(i) for i, record in enumerate(self.records) if record.metrics.get("failed")]
+        return found + [
+            f"records differ in {what}: " + ", ".join(f"{value} ({names})" for value, names in values.items())
+            for what, values in self._differences()
+        ]
+
+    def _index(self, record: RunRecord) -> int:
+        return next(i for i, other in enumerate(self.records) if other is record)
+
+    def _incomplete(self, i: int) -> str:
+        metrics = self.records[i].metrics
+        done, open_ = metrics.get("completed") or 0, metrics.get("unfinished") or 0
+        total = done + open_ + (metrics.get("failed") or 0)
+        return f"{self.names[i]} is incomplete: {done:.0f} of {total:.0f} requests were measured"
+
+    def _failed(self, i: int) -> str:
+        record = self.records[i]
+        error = next(iter(record.errors), "")
+        return (
+            f"{self.names[i]}: {record.metrics['failed']:.0f} requests failed and are left out of the figures"
+            + (f" ({error})" if error else "")
+        )
+
+    def _differences(self) -> Iterable[tuple[str, dict[str, str]]]:
+        for what, value_of in _conditions(self.records):
+            values: dict[str, list[str]] = {}
+            for name, record in zip(self.names, self.records, strict=True):
+                values.setdefault(_show(value_of(record)), []).append(name)
+            if len(values) > 1:
+                yield what, {value: _shorten(names) for value, names in values.items()}
+
+
+def compare_records(records: Sequence[RunRecord], baseline: str | None = None) -> Comparison:
+    """Put records side by side.
+
+    `baseline` is a label, a policy's name or its number; by default the first record is it. Where records
+    were made at several concurrencies, each is measured against the baseline at its own.
+    Raises `KvqError` where no record is the baseline.
+    """
+    assert records
+    first = records[0] if baseline is None else _find(records, baseline)
+    alike = [record for record in records if record.label == first.label and record.policy == first.policy]
+    baselines = []
+    for record in records:
+        same = [other for other in alike if other.concurrency == record.concurrency]
+        baselines.append(first if first in same or not same else same[0])
+    return Comparison(records, baselines)
+
+
+def _find(records: Sequence[RunRecord], baseline: str) -> RunRecord:
+    for record in records:
+        if record.is_called(baseline):
+            return record
+    raise KvqError(
+        f"no record is the baseline `{baseline}`",
+        f"use one of {', '.join(record.label for record in records)}",
+    )
+
+
+def _conditions(records: Sequence[RunRecord]) -> list[tuple[str, Callable[[RunRecord], Any]]]:
+    """(name, getter) of everything that must agree for a comparison to be one of policies alone."""
+    packages = sorted({name for record in records for name in record.env.get("versions", {})})
+    engine = sorted({name for record in records for name in record.engine} - {*_ENGINE_MAY_DIFFER})
+    same_model = len({_model(record) for record in records}) == 1
+    # The same text is other token ids to another model, so that only its source can be compared.
+    work = ("name", "dataset", "sha256", "num_prompts", "output_len_cap", *(["requests_sha256"] * same_model))
+    return [
+        ("model", _model),
+        ("GPU", lambda r: r.env.get("gpu") or "none"),
+        ("CPU", lambda r: r.env.get("cpu") if r.env.get("gpu") is None else "any"),
+        ("driver", lambda r: r.env.get("driver")),
+        *((f"version of {name}", _part("env", "versions", name)) for name in packages),
+        ("kvq commit", lambda r: (r.env.get("git_sha") or "none")[:10] + "+" * bool(r.env.get("git_dirty"))),
+        ("workload", lambda r: " ".join(_show(r.workload.get(key))[:12] for key in work)),
+        ("seed", lambda r: r.workload.get("seed", r.env.get("seed"))),
+        *((f"engine's {name}", _part("engine", name)) for name in engine),
+    ]
+
+
+def _model(record: RunRecord) -> str:
+    keys = ("name", "dtype", "load_format")
+    return " ".join(str(record.model[key]) for key in keys if record.model.get(key) is not None)
+
+
+def _part(*path: str) -> Callable[[RunRecord], Any]:
+    def get(record: RunRecord) -> Any:
+        value: Any = getattr(record, path[0])
+        for key in path[1:]:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    return get
+
+
+def _show(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

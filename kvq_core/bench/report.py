@@ -1,0 +1,225 @@
+"""Tables of run records, as data: a terminal, Markdown, CSV and JSON are views of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvq_core.bench.compare import CHANGES, Comparison
+from kvq_core.bench.metrics import LATENCIES, PERCENTILES
+from kvq_core.bench.record import RunRecord
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+REFERENCE_NOTE = (
+    "measured on a CPU: these are the speeds of the reference backend, not of the kernels; "
+    "memory figures hold everywhere"
+)
+NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value, and how it relates to the baseline's."""
+
+    text: str
+    change: str = ""
+    """`+3.2%` or `x5.02`; empty for the baseline and where there is nothing to compare."""
+    better: bool | None = None
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.change})" if self.change else self.text
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: list[str]
+    """A line break in a heading separates the unit."""
+    rows: list[list[Cell]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A column: a key of a record, its heading, its unit, and which direction is good."""
+
+    key: str
+    heading: str
+    unit: str = ""
+    divisor: float = 1.0
+    higher_is_better: bool = True
+    as_ratio: bool = False
+
+
+SPEED = (
+    Figure("request_throughput", "requests", "/s"),
+    Figure("input_throughput", "input", "tok/s"),
+    Figure("output_throughput", "output", "tok/s"),
+    Figure("mean_e2el_ms", "E2E", "s", 1e3, False),
+    Figure("mean_ttft_ms", "TTFT", "s", 1e3, False),
+    Figure("mean_tpot_ms", "TPOT", "ms", 1.0, False),
+    Figure("mean_itl_ms", "ITL", "ms", 1.0, False),
+)
+MEMORY = (
+    Figure("bytes_per_token", "KV", "B/token", 1.0, False, True),
+    Figure("bits_per_element", "effective", "bits", 1.0, False, True),
+    Figure("capacity_tokens", "capacity", "tokens", 1.0, True, True),
+)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """About `digits` significant digits, whole numbers in full with thousands separated: 9.304, 2,368."""
+    if value is None:
+        return "-"
+    if float(value).is_integer() or abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    whole = len(f"{abs(value):.0f}") if abs(value) >= 1 else 1
+    return f"{value:.{max(0, digits - whole)}f}"
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Speed and memory, a row a record, every figure with its change against the baseline."""
+    speed, memory = [], []
+    for i, record in enumerate(comparison.records):
+        name = Cell(comparison.names[i] + ("" if record.complete else " (incomplete)"))
+        speed.append([name, *(_cell(comparison, i, figure) for figure in SPEED)])
+        extra = [Cell(number(record.kv.get(key))) for key in ("peak_tokens", "preemptions")]
+        memory.append(
+            [name, *(_cell(comparison, i, figure) for figure in MEMORY), *extra, Cell(requests_done(record))]
+        )
+    return [
+        Table("speed (latencies are means)", ["policy", *map(_heading, SPEED)], speed),
+        Table(
+            "memory",
+            ["policy", *map(_heading, MEMORY), "peak\ntokens", "pre-\nempted", "requests"],
+            memory,
+        ),
+    ]
+
+
+def _heading(figure: Figure) -> str:
+    return f"{figure.heading}\n{figure.unit}"
+
+
+def _cell(comparison: Comparison, i: int, figure: Figure) -> Cell:
+    value = comparison.records[i].get(figure.key)
+    text = number(None if value is None else value / figure.divisor)
+    change = comparison.change(i, figure.key)
+    if change is None or comparison.is_baseline(i):
+        return Cell(text)
+    better = None if abs(change - 1) < 0.005 else (change > 1) == figure.higher_is_better
+    return Cell(text, f"x{change:.2f}" if figure.as_ratio else f"{change - 1:+.1%}", better)
+
+
+def requests_done(record: RunRecord) -> str:
+    """`64 ok`, and how many failed or were not finished, if any."""
+    metrics = record.metrics
+    parts = [f"{metrics.get('completed') or 0:.0f} ok"]
+    parts += [f"{metrics[key]:.0f} {key}" for key in ("failed", "unfinished") if metrics.get(key)]
+    return ", ".join(parts)
+
+
+def conditions(record: RunRecord) -> str:
+    """One line: the model, where it ran, and what was replayed."""
+    work, model = record.workload, record.model
+    where = record.env.get("gpu") or "CPU"
+    source = work.get("dataset") or work.get("name")
+    text = f"{model.get('name', '?')} ({model.get('dtype', '?')}, {where}), {source}"
+    if work.get("num_prompts"):
+        text += f": {work['num_prompts']} requests"
+    if work.get("mean_input_len"):
+        text += f" of {work['mean_input_len']:.0f} + {work['mean_output_len']:.0f} tokens on average"
+    if work.get("output_len_cap"):
+        text += f", answers cut to {work['output_len_cap']}"
+    if record.concurrency:
+        text += f", {record.concurrency} at a time"
+    if (work.get("distinct_prompts") or work.get("num_prompts")) != work.get("num_prompts"):
+        text += f"; only {work['distinct_prompts']} different prompts"
+    return text
+
+
+def notes(records: Sequence[RunRecord]) -> list[str]:
+    """What was measured, and whose speeds these are."""
+    lines = list(dict.fromkeys(conditions(record) for record in records))
+    if any(record.env.get("gpu") is None for record in records):
+        lines.append(REFERENCE_NOTE)
+    return lines + list(dict.fromkeys(record.note for record in records if record.note))
+
+
+def comparison_notes(comparison: Comparison) -> list[str]:
+    baselines = dict.fromkeys(
+        comparison.names[i] for i in range(len(comparison.records)) if comparison.is_baseline(i)
+    )
+    return [f"changes are against {', '.join(baselines)}", *notes(comparison.records)]
+
+
+def run_tables(record: RunRecord) -> list[Table]:
+    """One record in full: throughput and memory, and the distribution of every latency."""
+    metrics, kv = record.metrics, record.kv
+    summary = [
+        ("requests", requests_done(record)),
+        ("duration", f"{number(metrics.get('duration'))} s"),
+        ("requests per second", number(metrics.get("request_throughput"))),
+        ("input tokens per second", number(metrics.get("input_throughput"))),
+        ("output tokens per second", number(metrics.get("output_throughput"))),
+        ("total tokens per second", number(metrics.get("total_token_throughput"))),
+        ("KV bytes per token", number(kv.get("bytes_per_token"))),
+        ("effective bits per element", number(kv.get("bits_per_element"))),
+        ("KV capacity, tokens", number(kv.get("capacity_tokens"))),
+        ("KV peak, tokens", number(kv.get("peak_tokens"))),
+        ("preemptions", number(kv.get("preemptions"))),
+    ]
+    figures = ["mean", *(f"p{p}" for p in PERCENTILES)]
+    latencies = [
+        [Cell(NAMES[name]), *(Cell(number(metrics.get(f"{figure}_{name}_ms"))) for figure in figures)]
+        for name in LATENCIES
+    ]
+    title = record.name + ("" if record.complete else " (incomplete)")
+    return [
+        Table(title, ["", "value"], [[Cell(name), Cell(value)] for name, value in summary]),
+        Table("", ["latency, ms", *figures], latencies),
+    ]
+
+
+def markdown(comparison: Comparison) -> str:
+    """One Markdown table, a row a record, and the notes and warnings under it."""
+    speed, memory = comparison_tables(comparison)
+    columns = [
+        heading.replace("pre-\n", "pre").replace("\n", " ") for heading in speed.columns + memory.columns[1:]
+    ]
+    rows = [left + right[1:] for left, right in zip(speed.rows, memory.rows, strict=True)]
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *([str(cell) for cell in row] for row in rows)]
+    text = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    remarks = [f"- {note}" for note in comparison_notes(comparison)]
+    remarks += [f"- **warning**: {warning}" for warning in comparison.warnings()]
+    return "\n".join([*text, "", *remarks])
+
+
+def frame(comparison: Comparison) -> "DataFrame":
+    """A row a record: identity, conditions, every figure by its name in the record, and the changes."""
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for i, record in enumerate(comparison.records):
+        row = {
+            "name": comparison.names[i],
+            "label": record.label,
+            **{f"policy_{key}": record.policy.get(key) for key in ("key", "value", "sink", "recent")},
+            "complete": record.complete,
+            "model": record.model.get("name"),
+            "dtype": record.model.get("dtype"),
+            "gpu": record.env.get("gpu"),
+            "dataset": record.workload.get("dataset") or record.workload.get("name"),
+            "concurrency": record.concurrency,
+            "seed": record.workload.get("seed"),
+            **record.metrics,
+            **{key: value for key, value in record.kv.items() if not isinstance(value, dict | list)},
+            "baseline": comparison.names[comparison.records.index(comparison.baselines[i])],
+        }
+        changes = {f"{key}_change": comparison.change(i, key) for key in CHANGES}
+        rows.append(row | {key: None if value is None else value - 1 for key, value in changes.items()})
+    return pd.DataFrame(rows)
+
+
+def csv(comparison: Comparison) -> str:
+    return frame(comparison).to_csv(index=False).rstrip("\n")
