@@ -3,8 +3,14 @@
 The model makes q, k and v and applies RoPE; this stores k and v in the paged cache and attends to it. The
 step's batch and the cache travel through the model's forward as the keyword `kvq`. No mask function is
 registered under the name, so transformers builds no mask: causality and windows are the kernels' work.
+
+Compiled layers can't carry Python objects, so there attention is one opaque op, `kvq::attention`. It finds
+batch and cache by a tensor on the CPU, `module.kvq_place`, that names the model and the layer: nothing in
+the traced code depends on the layer's number, and all layers share one compiled graph.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +30,41 @@ class StepContext:
 
     batch: Batch
     cache: PagedCache
+    valid: Tensor | None = None
+    """[T] bool: tokens that are no padding; None: all."""
     stored: dict[int, int] | None = None
     """layer -> tokens stored; filled where it is not None."""
+
+
+_running: dict[int, StepContext] = {}
+"""model handle -> the forward that is under way; compiled layers look it up."""
+
+
+@contextmanager
+def forward_context(model: nn.Module, context: StepContext) -> Iterator[None]:
+    """Make `context` the one that compiled layers of `model` find, for one forward."""
+    handle = id(model)
+    _running[handle] = context
+    try:
+        yield
+    finally:
+        del _running[handle]
+
+
+def mark_places(model: nn.Module) -> None:
+    """Give attention and experts modules the `kvq_place` by which compiled code finds the running forward."""
+    for module in model.modules():
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int):
+            module.kvq_place = torch.tensor([id(model), layer])
+        elif hasattr(module, "gate_up_proj"):
+            module.kvq_place = torch.tensor([id(model), -1])
+
+
+def running_context(place: Tensor) -> tuple[StepContext, int]:
+    """The forward under way and the layer that `place` names."""
+    handle, layer = place.tolist()
+    return _running[handle], layer
 
 
 def register() -> None:
@@ -44,7 +83,7 @@ def kvq_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    kvq: StepContext,
+    kvq: StepContext | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -54,21 +93,67 @@ def kvq_attention(
 
     The first `batch.num_decodes` tokens are decodes; the others are prompt chunks.
     """
-    batch, layer = kvq.batch, kvq.cache.layers[module.layer_idx]  # type: ignore[index]
-    if sliding_window is not None and layer.window and sliding_window != layer.window:
-        raise AssertionError(
-            f"layer {module.layer_idx} asks for a window of {sliding_window}, planned was {layer.window}"
-        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    place = getattr(module, "kvq_place", None)
+    if place is not None:
+        return _attention_op(query, key, value, place, scale, softcap or 0.0, s_aux), None
+    assert kvq is not None, "the model lost the keyword `kvq`"
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    window = kvq.cache.layers[layer].window
+    if sliding_window is not None and window and sliding_window != window:
+        raise AssertionError(f"layer {layer} asks for a window of {sliding_window}, planned was {window}")
+    return attend(kvq, layer, query, key, value, scale, softcap or 0.0, s_aux), None
+
+
+@torch.library.custom_op("kvq::attention", mutates_args=())
+def _attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    place: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    context, layer = running_context(place)
+    return attend(context, layer, query, key, value, scale, softcap, sinks)
+
+
+@_attention_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    place: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def attend(
+    context: StepContext,
+    layer_index: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Store the step's keys and values of one layer, and attend: shapes as in `kvq_attention`."""
+    batch, layer = context.batch, context.cache.layers[layer_index]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     tables = batch.groups[layer.group]
     num_tokens, decodes = q.shape[0], batch.num_decodes
-    if kvq.stored is not None:
-        kvq.stored[module.layer_idx] = kvq.stored.get(module.layer_idx, 0) + num_tokens  # type: ignore[index,call-overload]
+    if context.stored is not None:
+        context.stored[layer_index] = context.stored.get(layer_index, 0) + num_tokens
     options = {
-        "scale": scaling if scaling is not None else q.shape[-1] ** -0.5,
+        "scale": scale,
         "window": layer.window,
-        "softcap": softcap or 0.0,
-        "sinks": s_aux,
+        "softcap": softcap,
+        "sinks": sinks,
         "raw": layer.raw,
     }
     dispatch.store(k, v, layer.pages, tables.slots, layer.layout)
@@ -108,13 +193,8 @@ def kvq_attention(
             )
         )
         if layer.raw is not None:  # only now: the chunk's queries read what these overwrite
+            positions = batch.positions[decodes:]
             dispatch.store_raw(
-                k[decodes:],
-                v[decodes:],
-                batch.positions[decodes:],
-                batch.token_rings,
-                layer.raw,
-                batch.raw_keep,
+                k[decodes:], v[decodes:], positions, batch.token_rings, layer.raw, batch.raw_keep
             )
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output.unsqueeze(0), None
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)

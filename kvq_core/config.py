@@ -44,7 +44,9 @@ class EngineConfig:
     max_model_len: int | None = None
     """Longest prompt + answer; None: the model's own limit."""
     enforce_eager: bool = False
-    """No CUDA graphs."""
+    """No CUDA graphs and no compiled layers."""
+    compile: bool = True
+    """Compile the decoder layers, on a GPU in bfloat16 and float16."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -19,13 +19,18 @@ MAX_TOKENS = 1024
 
 
 @triton.jit
-def _lists_kernel(index_ptr, lists_ptr, counts_ptr, num_pairs, capacity, BLOCK: tl.constexpr):
-    """One program an expert: the pairs that chose it, in order, and how many they are."""
+def _lists_kernel(
+    index_ptr, valid_ptr, lists_ptr, counts_ptr, num_pairs, capacity,
+    TOP_K: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program an expert: the pairs of valid tokens that chose it, in order, and how many they are."""
     expert = tl.program_id(0)
     count = 0
     for start in range(0, num_pairs, BLOCK):
         pairs = start + tl.arange(0, BLOCK)
         chosen = tl.load(index_ptr + pairs, mask=pairs < num_pairs, other=-1) == expert
+        if MASKED:
+            chosen = chosen & (tl.load(valid_ptr + pairs // TOP_K, mask=pairs < num_pairs, other=0) != 0)
         ones = chosen.to(tl.int32)
         place = count + tl.cumsum(ones, 0) - ones
         tl.store(lists_ptr + expert * capacity + place, pairs, mask=chosen)
@@ -112,11 +117,18 @@ def takes(gate_up: Tensor, down: Tensor) -> bool:
     return hidden % 128 == 0 and intermediate % 64 == 0 and gate_up.dtype in (torch.bfloat16, torch.float16)
 
 
-def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Σ_k w_k · down_e(silu(gate_e x) · up_e x) over the experts e that each token chose; the twin is
-    `reference.experts`.
+def experts(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Σ_k w_k · down_e(silu(gate_e x) · up_e x) over the experts e that each token chose.
 
-    hidden [T, H], top_k_index and top_k_weights [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H].
+    hidden [T, H], top_k_index and top_k_weights [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H]. Rows of
+    tokens that are not `valid` [T] bool (padding; None: all are) hold anything.
     """
     tokens, top_k = top_k_index.shape
     num_experts, width, intermediate = down.shape
@@ -132,7 +144,10 @@ def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up:
     out = torch.empty_like(hidden)
     columns = _columns(pairs / num_experts)
     block = min(1024, triton.next_power_of_2(pairs))
-    _lists_kernel[(num_experts,)](top_k_index, lists, counts, pairs, tokens, BLOCK=block, num_warps=4)
+    _lists_kernel[(num_experts,)](
+        top_k_index, top_k_index if valid is None else valid, lists, counts, pairs, tokens,
+        TOP_K=top_k, MASKED=valid is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip
     ieee = hidden.dtype == torch.float32
     up_rows, depth = 64, 128 if width % 128 == 0 else 64
     weights = TensorDescriptor.from_tensor(gate_up.view(-1, width), [up_rows, depth])
@@ -149,7 +164,9 @@ def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up:
         STAGES=3, IEEE=ieee, num_warps=4,
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(width))
-    _sum_kernel[(tokens, triton.cdiv(width, block))](parts, out, H=width, TOP_K=top_k, BLOCK=block, num_warps=4)
+    _sum_kernel[(tokens, triton.cdiv(width, block))](
+        parts, out, H=width, TOP_K=top_k, BLOCK=block, num_warps=4
+    )
     return out
 
 

@@ -9,11 +9,13 @@ import torch
 
 from kvq_core.cache.paged import PagedCache
 from kvq_core.config import EngineConfig, SamplingParams
+from kvq_core.engine.compiled import compile_layers, or_uncompiled
 from kvq_core.engine.memory import fit_cache
 from kvq_core.engine.request import Request, RequestOutput, Status
 from kvq_core.engine.runner import ModelRunner, PendingTokens
 from kvq_core.engine.scheduler import Scheduler, SchedulerConfig, Step
 from kvq_core.errors import KvqError
+from kvq_core.experts import install as install_experts
 from kvq_core.models import LoadedModel
 
 
@@ -31,8 +33,12 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.model = model
-        self.config, self.plan = fit_cache(model, config)
         on_gpu = model.device.type == "cuda"
+        if on_gpu and model.dtype.itemsize == 2:
+            install_experts(model.model)
+            if config.compile and not config.enforce_eager:
+                compile_layers(model)
+        self.config, self.plan = or_uncompiled(model, lambda: fit_cache(model, config))
         assert self.config.max_model_len and self.config.max_num_batched_tokens
         self.cache = PagedCache(self.plan, model.device, model.dtype, self.config.max_model_len)
         self.scheduler = Scheduler(
@@ -46,9 +52,13 @@ class Engine:
             self.cache.blocks,
         )
         self.runner = ModelRunner(
-            model, self.cache, self.config.seed, use_graphs=on_gpu and not self.config.enforce_eager
+            model,
+            self.cache,
+            self.config.seed,
+            token_budget=self.config.max_num_batched_tokens,
+            use_graphs=on_gpu and not self.config.enforce_eager,
         )
-        self.runner.capture(progress)
+        or_uncompiled(model, lambda: self.runner.capture(progress))
         self._depth = 1 if on_gpu else 0
         """Steps that run on the device while the host plans the next."""
         self._in_flight: deque[tuple[Step, PendingTokens]] = deque()

@@ -1,70 +1,102 @@
-"""CUDA graphs of whole decode steps, one per batch bucket."""
+"""CUDA graphs of whole steps: decodes alone by batch size, and decodes with prompt chunks by token count."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvq_core.batch import Batch
+from kvq_core.engine.inputs import Sizes, StepInputs
+
+MOST_CHUNKS = 16
+"""Prompt chunks in a captured step; steps with more run eagerly."""
+MOST_TOKENS = 2048
+"""Chunk tokens in a captured step; beyond that the launches hide behind the work anyway."""
 
 
-def buckets(most: int) -> list[int]:
+class Forward(Protocol):
+    def __call__(
+        self, inputs: StepInputs, max_chunk: int, max_history: int, max_context: int, *, padded: bool
+    ) -> Tensor: ...
+
+
+def decode_sizes(most: int) -> list[int]:
     """Batch sizes that get a graph: 1, 2, 4, then multiples of 8, of 16 from 64 on, and `most` itself."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, most + 1, 16), most]
     return sorted({s for s in sizes if s <= most})
 
 
-class DecodeGraphs:
-    """Holds the static inputs of decode steps and replays the graph of the smallest bucket that fits.
+def chunk_sizes(most: int) -> list[int]:
+    """Chunk token counts that get a graph: about 8 for every doubling."""
+    sizes = [*range(32, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)]
+    return [s for s in sizes if s <= most]
 
-    `decode_batch(rows, context_lens, max_context)` and `forward(batch, ids, None)` are the runner's own; both
-    work on the device alone. Padding rows have context length 0 and lie in the row `padding_row`.
+
+class StepGraphs:
+    """Graphs of `forward` on static inputs. A step runs in the smallest one that it fits, padded.
+
+    Steps with chunks are captured with room for `max_num_seqs` decodes, so that one number alone tells them
+    apart. All sizes that the kernels see are the graph's; what a step really holds they read on the device.
     """
 
-    def __init__(
-        self,
-        decode_batch: Callable[[Tensor, Tensor, int], tuple[Batch, Tensor]],
-        forward: Callable[[Batch, Tensor, Tensor | None], Tensor],
-        padding_row: int,
-        device: torch.device,
-    ) -> None:
-        self._decode_batch = decode_batch
+    def __init__(self, forward: Forward, max_num_seqs: int, token_budget: int, device: torch.device) -> None:
         self._forward = forward
-        self._padding_row = padding_row
-        self._rows = torch.full((padding_row,), padding_row, dtype=torch.int64, device=device)
-        self._context_lens = torch.zeros(padding_row, dtype=torch.int64, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._device = device
+        self._padding_row = max_num_seqs
+        chunks = min(MOST_CHUNKS, max_num_seqs)
+        self._decodes = [Sizes(n, 0, 0) for n in decode_sizes(max_num_seqs)]
+        self._mixed = [Sizes(max_num_seqs, n, chunks) for n in chunk_sizes(min(MOST_TOKENS, token_budget))]
+        self._graphs: dict[Sizes, tuple[torch.cuda.CUDAGraph, Tensor, StepInputs, Tensor]] = {}
+
+    def fit(self, exact: Sizes) -> Sizes | None:
+        """The sizes of the graph that a step runs in; None where it fits in none."""
+        candidates = self._mixed if exact.chunks else self._decodes
+        return next(
+            (
+                s
+                for s in candidates
+                if s in self._graphs
+                and exact.decodes <= s.decodes
+                and exact.tokens <= s.tokens
+                and exact.chunks <= s.chunks
+            ),
+            None,
+        )
 
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture every bucket, largest first, so that the smaller ones reuse its memory."""
+        """Capture every size, largest first, so that the smaller ones reuse its memory."""
         pool = None
-        sizes = buckets(self._padding_row)
-        for done, size in enumerate(reversed(sizes)):
+        wanted = [*reversed(self._mixed), *reversed(self._decodes)]
+        for done, sizes in enumerate(wanted):
             if progress is not None:
-                progress(done, len(sizes))
-            self._step(size)  # compiles what has to be compiled
+                progress(done, len(wanted))
+            packed = self._idle(sizes)
+            inputs = StepInputs.unpack(packed, sizes)
+            self._run(inputs, sizes)  # compiles what has to be compiled
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits = self._step(size)
+                logits = self._run(inputs, sizes)
             pool = pool or graph.pool()
-            self._graphs[size] = graph, logits
+            self._graphs[sizes] = graph, packed, inputs, logits
         if progress is not None:
-            progress(len(sizes), len(sizes))
+            progress(len(wanted), len(wanted))
 
-    def replay(self, rows: Tensor, context_lens: Tensor, max_context: int) -> Tensor:
-        """rows [B], context_lens [B] on the device -> logits [B, V], valid until the next replay."""
-        count = rows.shape[0]
-        size = next(s for s in sorted(self._graphs) if s >= count)
-        self._rows[:count].copy_(rows)
-        self._context_lens[:count].copy_(context_lens)
-        if size > count:
-            self._rows[count:size].fill_(self._padding_row)
-            self._context_lens[count:size].zero_()
-        graph, logits = self._graphs[size]
+    def replay(self, sizes: Sizes, packed: Tensor) -> tuple[StepInputs, Tensor]:
+        """Run a step whose packed inputs lie in pinned memory; logits are valid until the next replay."""
+        graph, static, inputs, logits = self._graphs[sizes]
+        static.copy_(packed, non_blocking=True)
         graph.replay()
-        return logits[:count]
+        return inputs, logits
 
-    def _step(self, size: int) -> Tensor:
-        batch, ids = self._decode_batch(self._rows[:size], self._context_lens[:size], 0)
-        return self._forward(batch, ids, None)
+    def _idle(self, sizes: Sizes) -> Tensor:
+        """Inputs of a step that is all padding."""
+        packed = torch.zeros(sum(StepInputs.lengths(sizes)), dtype=torch.int64, device=self._device)
+        inputs = StepInputs.unpack(packed, sizes)
+        for rows in (inputs.decode_rows, inputs.token_rows, inputs.chunk_rows, inputs.sampled_rows):
+            rows.fill_(self._padding_row)
+        return packed
+
+    def _run(self, inputs: StepInputs, sizes: Sizes) -> Tensor:
+        # The longest chunk, history and context are not known at capture: bounds that hold for any step.
+        return self._forward(inputs, sizes.tokens, 1 << 30, 1 << 30, padded=True)

@@ -1,0 +1,94 @@
+"""The experts function that transformers' mixture-of-experts layers call: `experts_implementation="kvq"`.
+
+Steps of few tokens go through `kvq_kernels.moe`, bound by reading each expert's weights once; larger ones,
+and experts of another form (biases, transposed weights, other activations), through torch's grouped GEMM.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvq_core.attention import running_context
+from kvq_kernels import moe
+
+NAME = "kvq"
+
+
+def install(model: nn.Module) -> None:
+    """Let the experts of `model`, where it has any and its class allows, go through `kvq_experts`."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    can_set = getattr(model, "_can_set_experts_implementation", None)
+    if can_set is not None and can_set():
+        ALL_EXPERTS_FUNCTIONS.register(NAME, kvq_experts)
+        model.set_experts_implementation(NAME)  # type: ignore[operator]
+
+
+def kvq_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """hidden [T, H], top_k_index and top_k_weights [T, K] -> the weighted sum of the chosen experts [T, H]."""
+    if not _has_kernel(module, hidden):
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
+        return grouped_mm_experts_forward(module, hidden, top_k_index, top_k_weights)
+    experts: Any = module
+    place = getattr(module, "kvq_place", None)
+    return _experts_op(hidden, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj, place)
+
+
+def _has_kernel(module: Any, hidden: Tensor) -> bool:
+    """Whether the module's experts are the plain kind: down(silu(gate x) · up x), without biases."""
+    return (
+        hidden.is_cuda
+        and module.has_gate
+        and module.is_concatenated
+        and not module.has_bias
+        and not module.is_transposed
+        and type(module)._apply_gate.__name__ == "_default_apply_gate"
+        and getattr(module.config, "hidden_act", None) in ("silu", "swish")
+        and moe.takes(module.gate_up_proj, module.down_proj)
+    )
+
+
+@torch.library.custom_op("kvq::experts", mutates_args=())
+def _experts_op(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    place: Tensor | None,
+) -> Tensor:
+    if hidden.shape[0] > moe.MAX_TOKENS:
+        return _grouped(hidden, top_k_index, top_k_weights, gate_up, down)
+    valid = None if place is None else running_context(place)[0].valid
+    return moe.experts(hidden, top_k_index, top_k_weights, gate_up, down, valid)
+
+
+@_experts_op.register_fake
+def _(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    place: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+def _grouped(
+    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """The same through grouped GEMMs over tokens sorted by expert."""
+    tokens, top_k = top_k_index.shape
+    chosen, order = top_k_index.reshape(-1).sort()
+    counts = torch.histc(chosen.int(), bins=down.shape[0], min=0, max=down.shape[0] - 1)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    gate, up = torch._grouped_mm(hidden[order // top_k], gate_up.transpose(-1, -2), offs=ends).chunk(2, -1)
+    act = torch.nn.functional.silu(gate) * up
+    parts = torch._grouped_mm(act, down.transpose(-1, -2), offs=ends)
+    parts = parts * top_k_weights.reshape(-1)[order, None]
+    # Back into the tokens' order before summing: additions in a fixed order, unlike atomics.
+    unsorted = torch.empty_like(parts).index_copy_(0, order, parts)
+    return unsorted.view(tokens, top_k, -1).float().sum(1).to(hidden.dtype)
