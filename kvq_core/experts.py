@@ -26,7 +26,7 @@ def install(model: nn.Module) -> None:
 
 
 def kvq_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """hidden [T, H], top_k_index and top_k_weights [T, K] -> the weighted sum of the chosen experts [T, H]."""
+    """hidden [T, H], top_k_index and top_k_weights [T, K] -> weighted sum of the chosen experts [T, H]."""
     if not _has_kernel(module, hidden):
         from transformers.integrations.moe import grouped_mm_experts_forward
 

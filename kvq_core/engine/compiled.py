@@ -41,7 +41,7 @@ def compile_layers(model: LoadedModel) -> bool:
 
 
 def or_uncompiled(model: LoadedModel, action: Callable[[], T]) -> T:
-    """Do `action`; if it fails with compiled layers, go back to eager ones, with a warning, and do it again."""
+    """Do `action`; if it fails with compiled layers, warn, go back to eager ones, and do it again."""
     try:
         return action()
     except (KvqError, torch.OutOfMemoryError):

@@ -135,9 +135,9 @@ def test_a_trace_of_100_000_steps_loses_no_page() -> None:
 
 
 def test_an_old_request_alone_may_fill_the_cache() -> None:
-    blocks = BlockManager([GroupShape(0, 5, 1)], PAGE, num_rows=2, max_tokens=64)
+    blocks = BlockManager([GroupShape(0, 6, 1)], PAGE, num_rows=2, max_tokens=80)
     scheduler = Scheduler(SchedulerConfig(32, 40, 10**9, 0, False), blocks)
-    requests = [Request(i, [1] * 30, SamplingParams(), max_tokens=34) for i in range(2)]
+    requests = [Request(i, [1] * 30, SamplingParams(), max_tokens=50) for i in range(2)]
     for request in requests:
         scheduler.add(request)
     for _ in range(200):
