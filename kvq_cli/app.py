@@ -12,8 +12,10 @@ from typing import Annotated
 import typer
 
 from kvq_cli.commands.chat import chat
+from kvq_cli.commands.compare import compare
 from kvq_cli.commands.doctor import doctor
 from kvq_cli.commands.policies import policies
+from kvq_cli.commands.profile_throughput import profile_throughput
 from kvq_cli.commands.run import run
 from kvq_cli.console import TalkHandler, emit, show_error
 from kvq_core.errors import KvqError, UsageError
@@ -35,6 +37,7 @@ app = typer.Typer(
 )
 for panel, commands in {
     "Generate": (run, chat),
+    "Measure": (profile_throughput, compare),
     "Look around": (policies, doctor),
 }.items():
     for command in commands:
