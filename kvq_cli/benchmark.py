@@ -173,7 +173,9 @@ def _measure(
         memory = engine.config.kv_memory
         console.say(f"{name}: KV cache of {format_size(memory or 0)}")
         total = len(workload.warmup) + len(workload.requests)
-        with console.progress(f"{name}: warm-up", total=total) as update:
+        with console.progress(
+            f"{name}: warm-up, then {len(workload.requests)} requests", total=total
+        ) as update:
             measurement = measure(
                 EngineTarget(engine),
                 workload,

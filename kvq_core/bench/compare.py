@@ -11,9 +11,9 @@ from kvq_core.errors import KvqError
 
 CHANGES = (
     "request_throughput", "input_throughput", "output_throughput", "mean_e2el_ms", "mean_ttft_ms",
-    "mean_tpot_ms", "mean_itl_ms", "bytes_per_token", "bits_per_element", "capacity_tokens",
+    "mean_tpot_ms", "mean_itl_ms",
 )  # fmt: skip
-"""Figures that are put in relation to the baseline's."""
+"""Figures that are put in relation to the baseline's; memory is put in relation to a 16-bit cache."""
 _ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs")
 
 
@@ -127,7 +127,7 @@ def _conditions(records: Sequence[RunRecord]) -> list[tuple[str, Callable[[RunRe
     return [
         ("model", _model),
         ("GPU", lambda r: r.env.get("gpu") or "none"),
-        ("CPU", lambda r: r.env.get("cpu") if r.env.get("gpu") is None else "any"),
+        *([("CPU", _part("env", "cpu"))] * all(r.env.get("gpu") is None for r in records)),
         ("driver", lambda r: r.env.get("driver")),
         *((f"version of {name}", _part("env", "versions", name)) for name in packages),
         ("kvq commit", lambda r: (r.env.get("git_sha") or "none")[:10] + "+" * bool(r.env.get("git_dirty"))),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvq_core.bench.sharegpt import find_dataset, read_conversations
-from kvq_core.bench.workload import WorkloadSpec, make_workload
+from kvq_core.bench.workload import WorkloadSpec, make_workload, read_dataset
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_sample.py"
 
@@ -52,7 +52,7 @@ def test_lengths_are_sharegpts_by_the_estimate(script):
 def check_lengths(tokenizer):
     """Means near 220 in and 204 out, long tails, and hardly anything lost to the filter."""
     spec = WorkloadSpec(num_prompts=320, num_warmup=0)
-    workload = make_workload(spec, tokenizer=tokenizer, vocab_size=0)
+    workload = make_workload(spec, read_dataset(spec), tokenizer=tokenizer, vocab_size=0)
     described = workload.describe()
     assert described["distinct_prompts"] >= 316
     assert described["mean_input_len"] == pytest.approx(220, rel=0.03)

@@ -6,13 +6,17 @@ import json
 import pytest
 
 from kvq_core.bench.sharegpt import find_dataset
-from kvq_core.bench.workload import WorkloadSpec, make_workload
+from kvq_core.bench.workload import WorkloadSpec, make_workload, read_dataset
 from kvq_core.errors import KvqError, UsageError
 
 
 def conversation(prompt: int, answer: int, **extra) -> dict:
     turns = [{"from": "human", "value": "p " * prompt}, {"from": "gpt", "value": "a " * answer}]
     return {"id": "x", "conversations": turns} | extra
+
+
+def build(spec: WorkloadSpec, **options):
+    return make_workload(spec, read_dataset(spec), **options)
 
 
 @pytest.fixture
@@ -22,7 +26,7 @@ def load(bench, write_json):
     def run(document, *, max_len=None, **spec):
         path = write_json("data.json", document)
         settings = {"num_prompts": 4, "num_warmup": 0} | spec
-        return make_workload(
+        return build(
             WorkloadSpec(path=str(path), **settings),
             tokenizer=bench.Tokenizer(),
             vocab_size=100,
@@ -149,19 +153,19 @@ def test_bad_files(bench, tmp_path, name, data, message):
     path = tmp_path / "data.json"
     path.write_bytes(data)
     with pytest.raises(KvqError, match=message):
-        make_workload(WorkloadSpec(name=name, path=str(path)), tokenizer=bench.Tokenizer(), vocab_size=100)
+        build(WorkloadSpec(name=name, path=str(path)), tokenizer=bench.Tokenizer(), vocab_size=100)
 
 
 def test_missing_file(bench, tmp_path):
     for name in ("sharegpt", "lengths"):
         spec = WorkloadSpec(name=name, path=str(tmp_path / "none.json"))
         with pytest.raises(KvqError, match="no file"):
-            make_workload(spec, tokenizer=bench.Tokenizer(), vocab_size=100)
+            build(spec, tokenizer=bench.Tokenizer(), vocab_size=100)
 
 
 def test_text_needs_a_tokenizer():
     with pytest.raises(KvqError, match="no tokenizer") as caught:
-        make_workload(WorkloadSpec(), tokenizer=None, vocab_size=100)
+        build(WorkloadSpec(), tokenizer=None, vocab_size=100)
     assert "fixed" in caught.value.hint
 
 
@@ -179,12 +183,12 @@ def test_no_network_for_the_hub_is_a_clear_error(monkeypatch):
 def test_lengths_in_the_files_order(write_json):
     path = write_json("pairs.json", [[5, 7], [3, 2]])
     spec = WorkloadSpec(name="lengths", path=str(path), num_prompts=3, num_warmup=1)
-    workload = make_workload(spec, tokenizer=None, vocab_size=50)
+    workload = build(spec, tokenizer=None, vocab_size=50)
     assert [(r.input_len, r.output_len) for r in workload.requests] == [(5, 7), (3, 2), (5, 7)]
     assert [(r.input_len, r.output_len) for r in workload.warmup] == [(3, 2)]
     assert all(len(r.prompt) == r.input_len and max(r.prompt) < 50 for r in workload.requests)
     assert workload.requests[0].prompt != workload.requests[2].prompt
-    assert workload == make_workload(spec, tokenizer=None, vocab_size=50)
+    assert workload == build(spec, tokenizer=None, vocab_size=50)
     assert workload.describe()["dataset"] == "pairs.json" and workload.sha256
 
 
@@ -205,20 +209,20 @@ def test_lengths_in_the_files_order(write_json):
 def test_bad_lengths(write_json, pairs, message):
     spec = WorkloadSpec(name="lengths", path=str(write_json("pairs.json", pairs)))
     with pytest.raises(KvqError, match=message):
-        make_workload(spec, tokenizer=None, vocab_size=50, max_len=100)
+        build(spec, tokenizer=None, vocab_size=50, max_len=100)
 
 
 def test_fixed_and_random_lengths():
     spec = WorkloadSpec(name="fixed", num_prompts=5, num_warmup=2, input_len=12, output_len=34)
-    workload = make_workload(spec, tokenizer=None, vocab_size=50)
+    workload = build(spec, tokenizer=None, vocab_size=50)
     assert {(r.input_len, r.output_len) for r in workload.requests} == {(12, 34)}
     spec = WorkloadSpec(name="random", num_prompts=400, input_len=100, output_len=50, range_ratio=0.5)
-    drawn = make_workload(spec, tokenizer=None, vocab_size=50).requests
+    drawn = build(spec, tokenizer=None, vocab_size=50).requests
     assert {r.input_len for r in drawn} >= {50, 150}
     assert min(r.input_len for r in drawn) == 50 and max(r.output_len for r in drawn) == 75
     assert sum(r.input_len for r in drawn) / 400 == pytest.approx(100, abs=5)
     narrow = WorkloadSpec(name="random", range_ratio=0.0, input_len=9, output_len=9)
-    assert {r.input_len for r in make_workload(narrow, tokenizer=None, vocab_size=50).requests} == {9}
+    assert {r.input_len for r in build(narrow, tokenizer=None, vocab_size=50).requests} == {9}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,382 @@
+"""`kvq profile-throughput` and `kvq compare` on an engine that answers at once, without torch."""
+
+import json
+import sys
+import time
+import types
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvq_cli import console
+from kvq_cli.app import main
+from kvq_core.bench import record as record_module
+from kvq_core.bench.target import Event, TargetInfo
+from kvq_core.errors import KvqError
+
+
+@dataclass
+class Fakes:
+    """What the commands asked of the fake model and engine, and what these shall do."""
+
+    loads: list[dict[str, Any]] = field(default_factory=list)
+    configs: list[Any] = field(default_factory=list)
+    closed: int = 0
+    device: str = "cpu"
+    tokenizer: Any = None
+    fail_start: dict[str, Exception] = field(default_factory=dict)
+    """policy -> raised when its engine starts."""
+    raise_at: dict[str, tuple[int, BaseException]] = field(default_factory=dict)
+    """policy -> (number of the poll, raised by it)."""
+    error: str | None = None
+    """Every measured request fails with it."""
+
+
+def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
+    def load_model(name: str, **options: Any) -> Any:
+        if name == "missing":
+            raise KvqError("cannot find model 'missing'", "use another")
+        fakes.loads.append({"name": name, **options})
+        layer = types.SimpleNamespace(key_dim=64, value_dim=64)
+        geometry = types.SimpleNamespace(layers=(layer,), vocab_size=100, max_model_len=2048)
+        device = types.SimpleNamespace(type=fakes.device)
+        tokenizer = fakes.tokenizer if options["need_tokenizer"] else None
+        return types.SimpleNamespace(geometry=geometry, device=device, tokenizer=tokenizer, name=name)
+
+    class Engine:
+        def __init__(self, model: Any, config: Any, progress: Any) -> None:
+            policy = config.resolved_policy()
+            if policy.name in fakes.fail_start:
+                raise fakes.fail_start[policy.name]
+            self.config = config.replace(kv_memory=config.kv_memory or 1 << 30)
+            fakes.configs.append(self.config)
+
+        def close(self) -> None:
+            fakes.closed += 1
+
+    class EngineTarget:
+        def __init__(self, engine: Engine) -> None:
+            self.policy = engine.config.resolved_policy()
+            self.running: deque[Any] = deque()
+            self.polls = 0
+
+        def info(self) -> TargetInfo:
+            p = self.policy
+            policy = {"name": p.label, "number": p.number, "key": p.key, "value": p.value, "sink": p.sink}
+            return TargetInfo(
+                {"name": "fake", "dtype": "float32"}, policy | {"recent": p.recent}, {"device": "cpu"}
+            )
+
+        def send(self, request: Any) -> None:
+            self.running.append(request)
+
+        def poll(self, timeout: float) -> list[Event]:
+            self.polls += 1
+            at, error = fakes.raise_at.get(self.policy.name, (0, KeyError()))
+            if self.polls == at:
+                raise error
+            request = self.running.popleft()
+            failure = fakes.error if request.index >= 0 else None
+            return [Event(request.index, time.perf_counter(), request.output_len, True, failure)]
+
+        def cancel(self, index: int) -> None:
+            pass
+
+        def reset_stats(self) -> None:
+            pass
+
+        def kv_stats(self) -> dict[str, Any]:
+            return {
+                "bits_per_element": 16.0,
+                "bytes_per_token": 256,
+                "capacity_tokens": 5,
+                "capacity_ratio": 1.0,
+            }
+
+    def check_head_dim(head_dim: int) -> None:
+        pass
+
+    def get_codec(name: str) -> Any:
+        def refuse(head_dim: int) -> None:
+            raise KvqError(f"{name} can't take head dim {head_dim}", "use another codec")
+
+        return types.SimpleNamespace(check_head_dim=refuse if name == "qjl" else check_head_dim)
+
+    modules = {
+        "kvq_core.models": {"load_model": load_model},
+        "kvq_core.engine.engine": {"Engine": Engine},
+        "kvq_core.bench.engine_target": {"EngineTarget": EngineTarget},
+        "kvq_core.codecs": {"get_codec": get_codec},
+    }
+    made = {}
+    for name, content in modules.items():
+        made[name] = types.ModuleType(name)
+        vars(made[name]).update(content)
+    return made
+
+
+@pytest.fixture
+def fakes(monkeypatch, bench):
+    fakes = Fakes(tokenizer=bench.Tokenizer())
+    for name, module in fake_modules(fakes).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return fakes
+
+
+@pytest.fixture
+def kvq(capsys):
+    """`kvq("compare", ...)` -> (exit code, stdout, stderr)."""
+
+    def run(*args: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        console.out.cache_clear()
+        console.err.cache_clear()
+        with pytest.raises(SystemExit) as done:
+            main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return done.value.code, captured.out, captured.err
+
+    return run
+
+
+SMALL = ("--concurrency", 2, "--num-prompts", 3)
+
+
+def test_profile_with_nothing_else_on_a_cpu(kvq, fakes):
+    code, out, err = kvq("profile-throughput", "--policy", 42, "--concurrency", 64)
+    assert code == 0
+    assert fakes.loads[0]["name"] == "demo" and fakes.loads[0]["need_tokenizer"]
+    assert fakes.configs[0].max_num_seqs == 64 and fakes.closed == 1
+    assert "on a CPU: 64 requests, answers cut to 64 tokens" in err
+    assert "42 turbo" in out and "64 ok" in out and "speeds of the reference backend" in out
+    assert "sharegpt_sample.json: 64 requests" in out and "answers cut to 64, 64 at a time" in out
+
+
+def test_profile_on_a_gpu_replays_twice_the_concurrency_uncut(kvq, fakes):
+    fakes.device = "cuda"
+    code, out, err = kvq("profile-throughput", "--concurrency", 16, "--json")
+    record = json.loads(out)
+    assert code == 0 and "on a CPU" not in err
+    assert record["workload"]["num_prompts"] == 32 and record["workload"]["num_warmup"] == 16
+    assert record["workload"]["output_len_cap"] is None and record["workload"]["max_output_len"] > 64
+
+
+def test_output_file_is_what_json_prints(kvq, fakes, tmp_path):
+    file = tmp_path / "r.json"
+    code, out, err = kvq(
+        "profile-throughput", *SMALL, "--label", "mine", "--output", file, "--json", "--seed", 5
+    )
+    assert code == 0
+    record = json.loads(out)
+    assert json.loads(file.read_text()) == record
+    assert record["label"] == "mine" and record["complete"] is True
+    assert record["env"]["seed"] == record["workload"]["seed"] == 5
+    assert record["requests_file"] == "r.requests.jsonl"
+    rows = [json.loads(line) for line in (tmp_path / "r.requests.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1, 2] and {row["label"] for row in rows} == {"mine"}
+    assert f"wrote {file}" in err
+
+
+def test_compare_loads_once_and_gives_all_the_same_memory(kvq, fakes, tmp_path):
+    file = tmp_path / "all.json"
+    code, out, _ = kvq("compare", "--policies", "0,8,4,42", *SMALL, "--output", file)
+    assert code == 0
+    assert len(fakes.loads) == 1 and fakes.closed == 4
+    assert [config.resolved_policy().name for config in fakes.configs] == ["none", "int8", "int4", "turbo"]
+    assert len({config.kv_memory for config in fakes.configs}) == 1
+    for name in ("0 none", "8 int8", "4 int4", "42 turbo"):
+        assert out.count(name) >= 2
+    assert "changes are against 0 none" in out and "reference backend" in out
+    records = json.loads(file.read_text())
+    assert [record["label"] for record in records] == ["none", "int8", "int4", "turbo"]
+    assert len({record["workload"]["requests_sha256"] for record in records}) == 1
+    rows = [json.loads(line) for line in (tmp_path / "all.requests.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+
+
+def test_windows_show_in_names(kvq, fakes):
+    _, out, _ = kvq("compare", "--policies", "0,42", "--sink", 4, "--recent", 128, *SMALL, "--json")
+    assert [record["label"] for record in json.loads(out)] == ["none", "turbo+s4r128"]
+
+
+@pytest.mark.parametrize("baseline", ["42", "turbo"])
+def test_baseline(kvq, fakes, baseline):
+    _, out, _ = kvq("compare", "--policies", "0,42", "--baseline", baseline, *SMALL, "--json")
+    assert [record["vs_baseline"]["baseline"] for record in json.loads(out)] == ["42 turbo"] * 2
+
+
+def test_files_of_one_record_and_of_a_list(kvq, fakes, tmp_path):
+    kvq("profile-throughput", *SMALL, "--policy", 42, "--output", tmp_path / "a.json")
+    kvq("compare", "--policies", "0,8", *SMALL, "--output", tmp_path / "b.json")
+    loads = len(fakes.loads)
+    files = (tmp_path / "a.json", tmp_path / "b.json")
+    code, out, err = kvq("compare", *files, "--baseline", "none", "--json", "--output", tmp_path / "c.json")
+    assert code == 0 and len(fakes.loads) == loads
+    assert [record["label"] for record in json.loads(out)] == ["turbo", "none", "int8"]
+    assert json.loads((tmp_path / "c.json").read_text()) == json.loads(out)
+    code, out, _ = kvq("compare", *files, "--markdown")
+    assert code == 0 and out.startswith("| policy |") and "| 42 turbo |" in out
+    code, out, _ = kvq("compare", *files, "--csv")
+    assert code == 0 and out.startswith("name,label,") and out.count("\n") == 4
+    code, out, err = kvq("compare", *files)
+    assert code == 0 and "42 turbo" in out and "warning" not in err
+
+
+def test_records_that_differ_are_pointed_out(kvq, fakes, tmp_path):
+    kvq("profile-throughput", *SMALL, "--seed", 1, "--output", tmp_path / "a.json")
+    kvq("profile-throughput", *SMALL, "--seed", 2, "--output", tmp_path / "b.json")
+    code, _, err = kvq("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert code == 0
+    assert "warning: records differ in workload" in err and "warning: records differ in seed: 1" in err
+
+
+# 2 warm-up polls and 3 measured ones a policy: the fourth poll comes after one measured request.
+INTERRUPT = {"int8": (4, KeyboardInterrupt())}
+
+
+def test_interrupt_keeps_what_was_measured(kvq, fakes, tmp_path):
+    fakes.raise_at = INTERRUPT
+    file = tmp_path / "r.json"
+    code, out, err = kvq("compare", "--policies", "0,8,42", *SMALL, "--output", file)
+    assert code == 130
+    records = json.loads(file.read_text())
+    assert [(r["label"], r["complete"], r["completed"], r["unfinished"]) for r in records] == [
+        ("none", True, 3, 0),
+        ("int8", False, 1, 2),
+    ]
+    assert "8 int8 (incomplete)" in out and "8 int8 is incomplete: 1 of 3 requests" in err
+    assert fakes.closed == 2
+    code, out, err = kvq("compare", file)
+    assert code == 0 and "8 int8 (incomplete)" in out and "is incomplete" in err
+
+
+def test_interrupt_of_a_single_run(kvq, fakes, tmp_path):
+    fakes.raise_at = INTERRUPT
+    code, out, _ = kvq("profile-throughput", "--policy", 8, *SMALL, "--output", tmp_path / "r.json", "--json")
+    assert code == 130
+    assert json.loads(out)["complete"] is False
+    assert json.loads((tmp_path / "r.json").read_text())["completed"] == 1
+
+
+def test_interrupt_before_anything_was_measured(kvq, fakes, tmp_path):
+    fakes.raise_at = {"none": (1, KeyboardInterrupt())}
+    code, out, err = kvq("compare", "--policies", "0,42", *SMALL, "--output", tmp_path / "r.json")
+    assert code == 130 and out == "" and "Traceback" not in err
+    assert not (tmp_path / "r.json").exists() and fakes.closed == 1
+
+
+def test_a_policy_that_does_not_start_leaves_the_others(kvq, fakes, tmp_path):
+    fakes.fail_start = {"int8": KvqError("no memory is left", "take less")}
+    code, out, err = kvq(
+        "compare", "--policies", "0,8,42", "--baseline", 8, *SMALL, "--output", tmp_path / "r.json"
+    )
+    assert code == 1
+    assert [record["label"] for record in json.loads((tmp_path / "r.json").read_text())] == ["none", "turbo"]
+    assert "int8 was not measured: no memory is left" in err and "error: no memory is left" in err
+    assert "baseline 8 was not measured" in err and "42 turbo" in out
+
+
+def test_a_target_that_breaks_keeps_what_was_measured(kvq, fakes, tmp_path):
+    fakes.raise_at = {"none": (4, RuntimeError("device lost"))}
+    code, out, err = kvq("compare", "--policies", "0,42", *SMALL, "--output", tmp_path / "r.json")
+    assert code == 1 and "device lost" in err
+    (record,) = json.loads((tmp_path / "r.json").read_text())
+    assert record["complete"] is False and record["completed"] == 1
+    assert "0 none (incomplete)" in out and fakes.closed == 1
+
+
+def test_failed_requests_are_shown(kvq, fakes, tmp_path):
+    fakes.error = "lost"
+    code, out, err = kvq("profile-throughput", *SMALL, "--output", tmp_path / "r.json")
+    assert code == 1
+    assert "0 ok, 3 failed" in out and "3 requests failed" in err
+    assert "error: 0 none: no request was completed: lost" in err
+    assert json.loads((tmp_path / "r.json").read_text())["errors"] == {"lost": 3}
+
+
+def test_full_disk(kvq, fakes, tmp_path, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record_module, "write_atomic", full)
+    code, out, err = kvq("compare", "--policies", "0,42", *SMALL, "--output", tmp_path / "r.json")
+    assert code == 1 and "42 turbo" in out  # the table is there all the same
+    assert err.count("warning: cannot write") == 2 and "error: cannot write" in err
+    kept = Path(err.split("kept in ")[1].split(";")[0])
+    try:
+        assert [record["label"] for record in json.loads(kept.read_text())] == ["none", "turbo"]
+    finally:
+        kept.unlink()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("profile-throughput", "--policy", "43"), 1, "unknown policy '43'"),
+        (("profile-throughput", "--model", "missing"), 1, "cannot find model 'missing'"),
+        (("profile-throughput", "--policy", "qjl"), 1, "qjl can't take head dim 64"),
+        (("profile-throughput", "--concurrency", "0"), 2, "--concurrency"),
+        (("profile-throughput", "--num-prompts", "-3"), 2, "--num-prompts"),
+        (("profile-throughput", "--max-output-len", "0"), 2, "--max-output-len"),
+        (("profile-throughput", "--input-len", "0", "--dataset-name", "fixed"), 2, "--input-len"),
+        (("profile-throughput", "--warmup", "8"), 2, "--warmup 8 is less than the 64 requests in flight"),
+        (("profile-throughput", "--dataset-name", "alpaca"), 2, "unknown --dataset-name `alpaca`"),
+        (("profile-throughput", "--dataset-name", "lengths"), 2, "needs --dataset-path"),
+        (("profile-throughput", "--dataset-path", "none.json"), 1, "no file none.json"),
+        (("profile-throughput", "--dataset-name", "fixed", "--input-len", "4000"), 1, "exceeds the 2048"),
+        (("profile-throughput", "--output", "/proc/x/r.json"), 1, "cannot write"),
+        (("compare",), 2, "takes files of records, or --policies"),
+        (("compare", "a.json", "--policies", "0,4"), 2, "not both"),
+        (("compare", "a.json"), 1, "no file a.json"),
+        (("compare", "--policies", "0,banana"), 1, "unknown policy 'banana'"),
+        (("compare", "--policies", ","), 2, "no policy given"),
+        (("compare", "--policies", "0,4", "--baseline", "42"), 1, "--baseline 42 is none of the policies"),
+        (("compare", "--policies", "0,4", "--json", "--csv"), 2, "one or the other"),
+    ],
+    ids=lambda value: " ".join(value[:5]) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_clear_error(kvq, fakes, args, code, message):
+    found, out, err = kvq(*args)
+    assert found == code
+    assert out == "" and "Traceback" not in err
+    assert err.count("error:") == 1 and message in err and "hint:" in err
+    assert not fakes.configs
+
+
+def test_a_model_without_tokenizer_takes_token_ids(kvq, fakes):
+    fakes.tokenizer = None
+    code, _, err = kvq("profile-throughput", *SMALL)
+    assert code == 1 and "no tokenizer" in err
+    code, out, _ = kvq("profile-throughput", *SMALL, "--dataset-name", "random", "--input-len", 20, "--json")
+    assert code == 0 and json.loads(out)["workload"]["name"] == "random"
+
+
+def test_a_smaller_engine_than_the_load_can_be_asked_for(kvq, fakes):
+    kvq("profile-throughput", *SMALL, "--max-num-seqs", 1)
+    assert fakes.configs[0].max_num_seqs == 1
+
+
+@pytest.mark.parametrize("command", ["profile-throughput", "compare"])
+def test_help_defines_the_figures(kvq, command):
+    code, out, _ = kvq(command, "--help")
+    assert code == 0
+    for word in ("TTFT", "TPOT", "ITL", "E2E", "--concurrency", "--dataset-path"):
+        assert word in out
+    assert "queueing included" in " ".join(out.split())
+
+
+def test_narrow_terminals_get_readable_tables(kvq, fakes, monkeypatch):
+    from rich.console import Console
+
+    with open("/dev/null", "w") as nowhere:
+        narrow = Console(width=80, file=nowhere, record=True, no_color=True)
+        monkeypatch.setattr(console, "out", lambda: narrow)
+        with pytest.raises(SystemExit):
+            main(["compare", "--policies", "0,42", *map(str, SMALL)])
+        lines = narrow.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    assert sum(line.strip().startswith("42 turbo") for line in lines) == 2
