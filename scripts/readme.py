@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fills the generated parts of README.md from the code and from results/; `--check` only says whether it is current.
+"""Fills the generated parts of README.md from the code and from results/; `--check` only says if it is current.
 
 A part lies between `<!-- generated: NAME -->` and `<!-- /generated -->`.
 """
@@ -59,8 +59,8 @@ def results() -> str:
     for file in sorted((ROOT / "results").glob("*.json")):
         if is_run_record(json.loads(file.read_text("utf-8"))):
             records = read_records([file])
-            environment = records[0].env
-            text += f"**{file.stem}** (commit {str(environment.get('git_sha'))[:10]}): `{environment['command']}`\n\n"
+            env = records[0].env
+            text += f"**{file.stem}** (commit {str(env.get('git_sha'))[:10]}): `{env['command']}`\n\n"
             text += markdown(compare_records(records)) + "\n\n"
     return text and f"\n{text}"
 

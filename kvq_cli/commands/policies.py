@@ -109,7 +109,7 @@ def _row(policy: Policy, key_dim: int, value_dim: int) -> dict[str, Any]:
     row |= {
         "bytes_per_token_and_head": size,
         "bits_per_element": round(8 * size / (key_dim + value_dim), 4),
-        "ratio": round(full / size, 3),
+        "ratio": round(full / size, 4),
     }
     window = policy.sink + policy.recent
     if window:
