@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fills the generated parts of README.md from the code and from results/; `--check` only says if it is current.
+"""Fills the generated parts of README.md from the code and from results/; `--check` only says if it is.
 
 A part lies between `<!-- generated: NAME -->` and `<!-- /generated -->`.
 """
