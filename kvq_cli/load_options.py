@@ -16,6 +16,8 @@ from kvq_core.errors import UsageError
 LOAD_PANEL = "Load"
 CPU_OUTPUT_CAP = 64
 """On a CPU, answers are cut to this many tokens unless --max-output-len says otherwise."""
+CPU_WARMUP_INPUT = 32
+"""On a CPU, prompts of the warm-up are cut to this many tokens: there is nothing to compile or capture."""
 
 
 def _flag(
@@ -142,7 +144,13 @@ class LoadPlan:
                 f"--warmup {warmup} is less than the {in_flight} requests in flight",
                 "leave it out, or warm up with at least as many: what runs first is slower",
             )
-        return replace(self.spec, num_prompts=num_prompts, num_warmup=warmup, max_output_len=max_output_len)
+        return replace(
+            self.spec,
+            num_prompts=num_prompts,
+            num_warmup=warmup,
+            max_output_len=max_output_len,
+            warmup_input_len=CPU_WARMUP_INPUT if on_cpu else None,
+        )
 
 
 def load_options(command: Callable[..., Any]) -> Callable[..., Any]:

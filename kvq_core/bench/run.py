@@ -1,8 +1,10 @@
 """One measurement: warm up, replay the workload, make the record."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvq_core.bench.load import LoadResult, Progress, run_closed_loop
@@ -49,7 +51,7 @@ def measure(
         label=label or info.policy.get("label") or info.policy.get("name", "?"),
         complete=load.complete,
         policy=dict(info.policy),
-        model=dict(info.model),
+        model=_without_folder(info.model),
         env=env,
         engine=dict(info.engine),
         workload=workload.describe() | {"loop": "closed", "concurrency": concurrency},
@@ -75,6 +77,12 @@ def _warm_up(
         raise load.error
     if load.traces and not any(trace.succeeded for trace in load.traces):
         raise KvqError(f"all {len(load.traces)} warm-up requests failed: {load.traces[0].error}")
+
+
+def _without_folder(model: dict[str, Any]) -> dict[str, Any]:
+    """A model that lies in a folder is named by the folder alone: a record tells nothing of a disk."""
+    name = str(model.get("name", ""))
+    return model | ({"name": Path(name).name} if os.path.isabs(name) else {})
 
 
 def _kv_stats(target: Target, load: LoadResult) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class WorkloadSpec:
     """random: lengths are uniform in mean · (1 ± range_ratio)."""
     max_output_len: int | None = None
     """Answers are cut to this many tokens."""
+    warmup_input_len: int | None = None
+    """Prompts of the warm-up are cut to this many tokens."""
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -192,10 +194,10 @@ def finish(
         BenchRequest(i, ids, len(ids), min(output, spec.max_output_len or output))
         for i, (ids, output) in enumerate(prompts[: spec.num_prompts])
     ]
-    warmup = [
-        BenchRequest(-1 - i, ids, len(ids), min(output, WARMUP_TOKENS))
-        for i, (ids, output) in enumerate(prompts[spec.num_prompts :])
-    ]
+    warmup = []
+    for i, (ids, output) in enumerate(prompts[spec.num_prompts :]):
+        cut = ids[: spec.warmup_input_len]
+        warmup.append(BenchRequest(-1 - i, cut, len(cut), min(output, WARMUP_TOKENS)))
     return Workload(
         spec.name,
         requests,
@@ -203,6 +205,7 @@ def finish(
         settings={
             "seed": spec.seed,
             "output_len_cap": spec.max_output_len,
+            "warmup_input_len": spec.warmup_input_len,
             "warmup_output_len": WARMUP_TOKENS,
             **settings,
         },

@@ -161,6 +161,7 @@ def test_profile_on_a_gpu_replays_twice_the_concurrency_uncut(kvq, fakes):
     record = json.loads(out)
     assert code == 0 and "on a CPU" not in err
     assert record["workload"]["num_prompts"] == 32 and record["workload"]["num_warmup"] == 16
+    assert record["workload"]["warmup_input_len"] is None
     assert record["workload"]["output_len_cap"] is None and record["workload"]["max_output_len"] > 64
 
 

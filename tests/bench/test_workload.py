@@ -95,6 +95,13 @@ def test_warm_up_uses_other_conversations_where_there_are_enough(load):
     assert len({r.index for r in workload.requests + workload.warmup}) == 6
 
 
+def test_warm_up_prompts_can_be_cut(load):
+    workload = load([conversation(50, 20)], num_prompts=1, num_warmup=2, warmup_input_len=32)
+    assert [request.input_len for request in workload.warmup] == [len(r.prompt) for r in workload.warmup]
+    assert [request.input_len for request in workload.warmup] == [32, 32]
+    assert [request.input_len for request in workload.requests] == [51]
+
+
 def test_answers_are_cut_after_the_filter(load):
     document = [conversation(10, 500), conversation(10, 30)]
     assert lengths(load(document, num_prompts=2, max_output_len=64)) == [(11, 30), (11, 64)]
