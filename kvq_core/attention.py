@@ -149,7 +149,7 @@ def attend(
     num_tokens, decodes = q.shape[0], batch.num_decodes
     if context.stored is not None:
         context.stored[layer_index] = context.stored.get(layer_index, 0) + num_tokens
-    options = {
+    options: dict[str, Any] = {
         "scale": scale,
         "window": layer.window,
         "softcap": softcap,
