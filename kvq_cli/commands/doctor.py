@@ -90,9 +90,8 @@ def _devices() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         yield _gpu(torch, index)
-    capability = torch.cuda.get_device_capability()
-    yield Finding("kernels", kernels_for(capability))
-    yield Finding("hadamard", f"fused into the kernels; alone: {hadamard_backend('cuda')}")
+    yield _triton_kernels()
+    yield Finding("hadamard", f"fused into the kernels; beside them {hadamard_backend('cuda')}")
 
 
 def _no_gpu(cuda: str | None) -> Finding:
@@ -133,9 +132,13 @@ def gpu_advice(capability: tuple[int, int], cuda: str) -> tuple[str, str]:
     return "ok", ""
 
 
-def kernels_for(capability: tuple[int, int]) -> str:
-    """Which kernels run on a GPU of this compute capability."""
-    return "Triton" if capability < (9, 0) else "Triton, with Hopper's fast paths"
+def _triton_kernels() -> Finding:
+    try:
+        import triton
+    except ImportError as error:
+        hint = "reinstall torch in a new virtual environment: it brings the triton it was built with"
+        return Finding("kernels", f"triton cannot be imported: {error}", "problem", hint)
+    return Finding("kernels", f"Triton {triton.__version__}")
 
 
 def _host_memory() -> Finding:
