@@ -174,6 +174,7 @@ def test_chat_line_editing(terminal) -> None:
     chat.expect("/policy ")
     chat.sendline("42")
     chat.expect("policy turbo")
+    chat.expect("> ")  # before it the terminal is not readline's, and would eat the Ctrl-D
     chat.sendeof()
     assert chat.finish() == 0
 
