@@ -16,7 +16,11 @@ from kvq_core.models.support import refusal
 
 NAME = "kvq_probe"
 NUM_TOKENS = 3
-LOOKS_AHEAD, UNKNOWN_MASK = -1.0, -2.0
+LOOKS_AHEAD, UNKNOWN_MASK = -1, -2
+KNOWN_TENSORS = ("position_ids", "cache_position", "s_aux", "scaling", "softcap")
+FAR = 1 << 31
+MARK = 0.25
+"""Added to what `_mask` returns, so that a mask which the model changed is not taken for a window."""
 
 
 @dataclass
@@ -27,11 +31,13 @@ class Call:
     num_q_heads: int
     key: Tensor
     value: Tensor
-    mask: float
+    mask: int
     """The window of the mask, 0 for full attention, or one of the negative marks."""
     window: int | None
     """The keyword `sliding_window`."""
     causal: bool
+    unknown: list[str]
+    """Names of tensors among the keywords that mean nothing to kvq: a bias, a selection of keys."""
 
 
 @dataclass
@@ -44,7 +50,7 @@ class _KeywordLost(Exception):
 
 
 def probe(model: nn.Module, geometry: ModelGeometry) -> ModelGeometry:
-    """The geometry that the model really uses: `geometry`, with heads and head dims of each layer as seen.
+    """The geometry that the model really uses: `geometry`, with heads, head dims and windows as seen.
 
     Leaves the model with another attention implementation: set it anew afterwards.
     Raises `KvqError` where the model asks for something that kvq does not do.
@@ -82,8 +88,7 @@ def probe(model: nn.Module, geometry: ModelGeometry) -> ModelGeometry:
         raise refusal(config, problem)
     seen = sorted(record.calls, key=lambda call: call.layer)
     layers = tuple(
-        LayerGeometry(call.key.shape[1], call.key.shape[3], call.value.shape[3], planned.window)
-        for call, planned in zip(seen, geometry.layers, strict=True)
+        LayerGeometry(call.key.shape[1], call.key.shape[3], call.value.shape[3], call.mask) for call in seen
     )
     return replace(geometry, layers=layers, num_q_heads=seen[0].num_q_heads)
 
@@ -95,15 +100,15 @@ def _problem(calls: list[Call], geometry: ModelGeometry) -> str | None:
     if layers != list(range(geometry.num_layers)):
         return f"its {geometry.num_layers} layers call attention as {layers}, not once each"
     for call in calls:
-        planned, where = geometry.layers[call.layer].window, f"layer {call.layer}"
+        where = f"layer {call.layer}"
         if not call.causal or call.mask == LOOKS_AHEAD:
             return f"the attention of {where} looks ahead"
         if call.mask == UNKNOWN_MASK:
             return f"{where} has an attention mask that is neither causal nor a sliding window"
-        if call.mask != planned:
-            return f"{where} has a window of {call.mask:.0f}, and its config says {planned}"
-        if call.window is not None and call.window != planned:
-            return f"{where} asks for a window of {call.window}, and its mask has {planned}"
+        if call.window is not None and call.window != call.mask:
+            return f"{where} asks for a window of {call.window}, and its mask has {call.mask}"
+        if call.unknown:
+            return f"{where} gives its attention something that kvq does not know: {', '.join(call.unknown)}"
         if call.num_q_heads % call.key.shape[1]:
             return (
                 f"{call.num_q_heads} query heads of {where} do not divide among {call.key.shape[1]} kv heads"
@@ -129,7 +134,9 @@ def _attention(
         raise _KeywordLost
     mask = UNKNOWN_MASK
     if attention_mask is not None and attention_mask.unique().numel() == 1:
-        mask = float(attention_mask.flatten()[0])
+        given = float(attention_mask.flatten()[0]) - MARK
+        if given.is_integer() and LOOKS_AHEAD <= given < FAR:
+            mask = int(given)
     kvq_record.calls.append(
         Call(
             layer=int(module.layer_idx),  # type: ignore[arg-type]
@@ -138,6 +145,7 @@ def _attention(
             value=value,
             mask=mask,
             window=sliding_window,
+            unknown=sorted(k for k, v in kwargs.items() if torch.is_tensor(v) and k not in KNOWN_TENSORS),
             causal=bool(kwargs.get("is_causal", getattr(module, "is_causal", True))),
         )
     )
@@ -163,14 +171,15 @@ def _mask(
     zero = torch.tensor(0, device=device)
     keys = torch.arange(reach + 2, device=device)
     query = torch.tensor(reach, device=device)
-    shape = (batch_size, 1, q_length, kv_length)
     try:
         visible = torch.as_tensor(mask_function(zero, zero, query, keys), device=device).expand(reach + 2)
+        count = int(visible.sum())
+        if bool(visible[-1]):
+            answer = LOOKS_AHEAD
+        elif bool(visible[reach + 1 - count : reach + 1].all()):
+            answer = count if count <= reach else 0
+        else:
+            answer = UNKNOWN_MASK
     except (IndexError, RuntimeError):
-        return torch.full(shape, UNKNOWN_MASK, device=device)
-    if bool(visible[-1]):
-        return torch.full(shape, LOOKS_AHEAD, device=device)
-    count = int(visible.sum())
-    if not bool(visible[reach + 1 - count : reach + 1].all()):
-        return torch.full(shape, UNKNOWN_MASK, device=device)
-    return torch.full(shape, float(count if count <= reach else 0), device=device)
+        answer = UNKNOWN_MASK
+    return torch.full((batch_size, 1, q_length, kv_length), answer + MARK, device=device)
