@@ -18,6 +18,7 @@ from kvq_cli.commands.policies import policies
 from kvq_cli.commands.profile_throughput import profile_throughput
 from kvq_cli.commands.run import run
 from kvq_cli.console import TalkHandler, emit, show_error
+from kvq_cli.options import name_the_flag
 from kvq_core.errors import KvqError, UsageError
 
 INTERRUPTED = 130
@@ -91,15 +92,17 @@ def _run(args: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as exception:
-        error = as_kvq_error(exception)
+        error = as_kvq_error(exception, f"kvq {args[0]}" if args else "kvq")
         if os.environ.get("KVQ_DEBUG"):
             traceback.print_exc()
         show_error(error)
         return error.exit_code
 
 
-def as_kvq_error(exception: Exception) -> KvqError:
+def as_kvq_error(exception: Exception, command: str = "kvq") -> KvqError:
     """The message, hint and exit code for any exception that reached the command line."""
+    if isinstance(exception, UsageError):
+        return name_the_flag(exception, command)
     if isinstance(exception, KvqError):
         return exception
     if hasattr(exception, "format_message"):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,6 @@ from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.errors import UsageError
 from kvq_core.policies import REGISTRY
 
-T = TypeVar("T")
 DEFAULTS = EngineConfig()
 SAMPLING = SamplingParams()
 DEFAULT_MODEL = "demo"
@@ -342,7 +341,7 @@ def engine_options(without: Collection[str] = ()) -> Callable[[Callable[..., Any
 
         @wraps(command)
         def with_config(**values: Any) -> Any:
-            config = _named_like_flags(EngineConfig, {name: values.pop(name) for name in flags})
+            config = EngineConfig(**{name: values.pop(name) for name in flags})
             return command(config=config, **values)
 
         kind = inspect.Parameter.KEYWORD_ONLY
@@ -359,15 +358,12 @@ def engine_options(without: Collection[str] = ()) -> Callable[[Callable[..., Any
     return decorate
 
 
-def _named_like_flags(make: Callable[..., T], values: dict[str, Any]) -> T:
-    """`make(**values)`, whose complaints name the flag instead of the field."""
-    try:
-        return make(**values)
-    except UsageError as error:
-        field, _, complaint = error.message.partition(" ")
-        if field not in values:
-            raise
-        raise UsageError(f"--{field.replace('_', '-')} {complaint}", error.hint) from error
+def name_the_flag(error: UsageError, command: str) -> UsageError:
+    """The same complaint, about the flag that was typed instead of the field it became, and with a hint."""
+    field, _, complaint = error.message.partition(" ")
+    flagged = field in ENGINE_FLAGS or field in SamplingParams.__dataclass_fields__
+    message = f"--{field.replace('_', '-')} {complaint}" if flagged else error.message
+    return UsageError(message, error.hint or f"`{command} --help` shows every option")
 
 
 def _flag_default(name: str) -> Any:
@@ -377,4 +373,4 @@ def _flag_default(name: str) -> Any:
 
 def sampling_params(**values: Any) -> SamplingParams:
     """`SamplingParams` from the flags; a `stop` of None is no stop text."""
-    return _named_like_flags(SamplingParams, values | {"stop": tuple(values.get("stop") or ())})
+    return SamplingParams(**values | {"stop": tuple(values.get("stop") or ())})

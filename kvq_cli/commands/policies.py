@@ -70,9 +70,11 @@ def policies(
         document: dict[str, Any] = {"head_dim": head_dim}
         rows = [_row(policy, head_dim, head_dim) for policy in chosen]
     else:
-        from kvq_core.models import load_config, model_geometry
+        from kvq_core.models import check_support, load_config, model_geometry
 
-        geometry = model_geometry(load_config(model))
+        model_config = load_config(model)
+        check_support(model_config)
+        geometry = model_geometry(model_config)
         memory = kv_memory or DEFAULT_MEMORY
         document = {"model": model, "kv_memory": memory, "max_num_seqs": max_num_seqs} | _facts(geometry)
         first = geometry.layers[0]

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvq_cli.options import ENGINE_FLAGS, engine_options, format_size, parse_size, sampling_params
+from kvq_cli.options import (
+    ENGINE_FLAGS,
+    engine_options,
+    format_size,
+    name_the_flag,
+    parse_size,
+    sampling_params,
+)
 from kvq_core.config import EngineConfig
 from kvq_core.errors import UsageError
 
@@ -81,13 +88,22 @@ def test_engine_options_make_one_config() -> None:
     assert seen == [("x", EngineConfig(sink=4, page_size=32))]
 
 
-def test_complaints_name_the_flag() -> None:
-    @engine_options()
-    def command(*, config: EngineConfig) -> None: ...
-
-    flags = {name: getattr(EngineConfig(), name) for name in ENGINE_FLAGS}
-    with pytest.raises(UsageError, match=r"^--page-size must be a multiple of 16, got 17$"):
-        command(**flags | {"page_size": 17})
+@pytest.mark.parametrize(
+    ("error", "message", "hint"),
+    [
+        (
+            UsageError("page_size must be even"),
+            "--page-size must be even",
+            "`kvq run --help` shows every option",
+        ),
+        (UsageError("top_p must lie", "so"), "--top-p must lie", "so"),
+        (UsageError("the prompt is empty", "so"), "the prompt is empty", "so"),
+        (UsageError("max_num_batched_tokens 3", "so"), "max_num_batched_tokens 3", "so"),
+    ],
+)
+def test_complaints_name_the_flag(error: UsageError, message: str, hint: str) -> None:
+    named = name_the_flag(error, "kvq run")
+    assert (named.message, named.hint) == (message, hint)
 
 
 def test_stop_texts_become_a_tuple() -> None:
