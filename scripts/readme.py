@@ -4,6 +4,7 @@
 A part lies between `<!-- generated: NAME -->` and `<!-- /generated -->`.
 """
 
+import ast
 import json
 import re
 import sys
@@ -65,6 +66,18 @@ def results() -> str:
     return text and f"\n{text}"
 
 
+def architectures() -> str:
+    """Model types that tests compare with transformers, read from the test's source."""
+    tree = ast.parse((ROOT / "tests" / "core" / "test_architectures.py").read_text("utf-8"))
+    names = {
+        call.args[0].value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Tiny"
+        if call.args and isinstance(call.args[0], ast.Constant)
+    }
+    return f"{len(names)} model types: " + ", ".join(f"`{name}`" for name in sorted(names)) + ".\n"
+
+
 def is_run_record(document: Any) -> bool:
     """results/ also has the records of kernel benchmarks and of evaluations."""
     first = document[0] if isinstance(document, list) and document else document
@@ -72,6 +85,7 @@ def is_run_record(document: Any) -> bool:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "architectures": architectures,
     "policies": policies,
     "codecs": codecs,
     "metrics": metrics,
