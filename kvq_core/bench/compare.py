@@ -14,6 +14,8 @@ CHANGES = (
     "mean_tpot_ms", "mean_itl_ms",
 )  # fmt: skip
 """Figures that are put in relation to the baseline's; memory is put in relation to a 16-bit cache."""
+_WORK = ("name", "dataset", "sha256", "num_prompts", "output_len_cap")
+_REQUESTS = "workload's requests (SHA-256)"
 _ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs")
 
 
@@ -82,12 +84,21 @@ class Comparison:
         )
 
     def _differences(self) -> Iterable[tuple[str, dict[str, str]]]:
-        for what, value_of in _conditions(self.records):
-            values: dict[str, list[str]] = {}
-            for name, record in zip(self.names, self.records, strict=True):
-                values.setdefault(_show(value_of(record)), []).append(name)
-            if len(values) > 1:
-                yield what, {value: _shorten(names) for value, names in values.items()}
+        """(condition, {value: names}) where records differ that are measured against the same baseline."""
+        groups: dict[int, list[tuple[str, RunRecord]]] = {}
+        for name, record, base in zip(self.names, self.records, self.baselines, strict=True):
+            groups.setdefault(id(base), []).append((name, record))
+        for group in groups.values():
+            found = {}
+            for what, value_of in _conditions([record for _, record in group]):
+                values: dict[str, list[str]] = {}
+                for name, record in group:
+                    values.setdefault(_show(value_of(record)), []).append(name)
+                if len(values) > 1:
+                    found[what] = {value: _shorten(names) for value, names in values.items()}
+            if len([what for what in found if what.startswith("workload")]) > 1:
+                found.pop(_REQUESTS, None)  # something that says more differs, too
+            yield from found.items()
 
 
 def compare_records(records: Sequence[RunRecord], baseline: str | None = None) -> Comparison:
@@ -123,7 +134,6 @@ def _conditions(records: Sequence[RunRecord]) -> list[tuple[str, Callable[[RunRe
     engine = sorted({name for record in records for name in record.engine} - {*_ENGINE_MAY_DIFFER})
     same_model = len({_model(record) for record in records}) == 1
     # The same text is other token ids to another model, so that only its source can be compared.
-    work = ("name", "dataset", "sha256", "num_prompts", "output_len_cap", *(["requests_sha256"] * same_model))
     return [
         ("model", _model),
         ("GPU", lambda r: r.env.get("gpu") or "none"),
@@ -131,7 +141,9 @@ def _conditions(records: Sequence[RunRecord]) -> list[tuple[str, Callable[[RunRe
         ("driver", lambda r: r.env.get("driver")),
         *((f"version of {name}", _part("env", "versions", name)) for name in packages),
         ("kvq commit", lambda r: (r.env.get("git_sha") or "none")[:10] + "+" * bool(r.env.get("git_dirty"))),
-        ("workload", lambda r: " ".join(_show(r.workload.get(key))[:12] for key in work)),
+        *((f"workload's {key}", _part("workload", key)) for key in _WORK),
+        *([(_REQUESTS, lambda r: _show(r.workload.get("requests_sha256"))[:10])] * same_model),
+        ("concurrency", lambda r: r.concurrency),
         ("seed", lambda r: r.workload.get("seed", r.env.get("seed"))),
         *((f"engine's {name}", _part("engine", name)) for name in engine),
     ]

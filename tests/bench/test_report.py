@@ -63,6 +63,18 @@ def test_each_concurrency_has_its_own_baseline(bench):
     assert report.comparison_notes(comparison)[0] == "changes are against 0 none c1, 0 none c8"
 
 
+def test_what_grows_with_the_concurrency_may_differ_between_concurrencies(bench):
+    grid = [
+        bench.record(name, number, concurrency=c, workload={"num_prompts": 2 * c, "requests_sha256": str(c)})
+        for c in (1, 8)
+        for name, number in (("none", 0), ("turbo", 42))
+    ]
+    assert compare_records(grid).warnings() == []
+    (prompts, concurrency) = compare_records(grid[:2] + grid[3:]).warnings()
+    assert "differ in workload's num_prompts: 2 (0 none c1, 42 turbo c1), 16 (42 turbo c8)" in prompts
+    assert "differ in concurrency: 1 (0 none c1, 42 turbo c1), 8 (42 turbo c8)" in concurrency
+
+
 def test_two_runs_of_one_policy(bench):
     comparison = compare_records([bench.record("turbo", 42), bench.record("turbo", 42, speed=2.0)])
     assert comparison.names == ["42 turbo", "42 turbo #2"]
@@ -94,8 +106,12 @@ def test_alike_records_give_no_warning(pair):
             "differ in version of torch: 2.13 (0 none), 2.12 (42 turbo)",
         ),
         ({"env": {"git_sha": "f" * 40}}, "differ in kvq commit: none (0 none), ffffffffff (42 turbo)"),
-        ({"workload": {"requests_sha256": "other"}}, "differ in workload"),
-        ({"workload": {"sha256": "other"}}, "differ in workload"),
+        ({"workload": {"requests_sha256": "other"}}, "differ in workload's requests (SHA-256): abc (0 none)"),
+        ({"workload": {"sha256": "other"}}, "differ in workload's sha256: none (0 none), other (42 turbo)"),
+        (
+            {"workload": {"num_prompts": 9, "requests_sha256": "other"}},
+            "differ in workload's num_prompts: none (0 none), 9 (42 turbo)",
+        ),
         ({"workload": {"seed": 1}}, "differ in seed: 0 (0 none), 1 (42 turbo)"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
