@@ -1,15 +1,31 @@
 """The ops that the engine calls: the torch twins' signatures, on whatever backend the tensors lie on."""
 
-from types import ModuleType
+from functools import lru_cache
+from types import ModuleType, SimpleNamespace
 
+import torch
 from torch import Tensor
 
 from kvq_kernels import reference
 from kvq_kernels.layout import PageLayout, RawWindow
 
 
-def _backend(x: Tensor) -> ModuleType:
-    return reference
+@lru_cache(maxsize=1)
+def _triton() -> SimpleNamespace:
+    """The Triton launchers; imported on first use, triton exists on Linux alone."""
+    from kvq_kernels import paged_decode, paged_prefill, quantize_store
+
+    return SimpleNamespace(
+        store=quantize_store.store,
+        store_raw=quantize_store.store_raw,
+        paged_decode=paged_decode.paged_decode,
+        paged_prefill=paged_prefill.paged_prefill,
+    )
+
+
+def _backend(x: Tensor) -> ModuleType | SimpleNamespace:
+    """Triton on a GPU, the twins elsewhere and for float64, which exists to be exact."""
+    return _triton() if x.is_cuda and x.dtype != torch.float64 else reference
 
 
 def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: PageLayout) -> None:

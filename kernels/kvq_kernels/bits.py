@@ -1,0 +1,362 @@
+"""Every codec's bytes inside a kernel: unpacking, packing, and the constant tables both need.
+
+A scheme branches here and nowhere else. Tiles are [N, D] with D padded to a power of two (`DP`); unpacked
+values come with a factor per token that the caller multiplies into scores or weights, which is cheaper than
+scaling every element.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvq_kernels.codebook import LEVELS, qjl_projection, qjl_scale, thresholds
+from kvq_kernels.hadamard import hadamard_matrix
+
+# --- constant tables ----------------------------------------------------------------------------------------
+
+_BITS = {"lm2": 2, "lm3": 3, "lm4": 4, "turbo": 3, "qjl": 3}
+
+
+@lru_cache(maxsize=64)
+def decode_table(scheme: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What bytes stand for: [256, elements a byte] for lm2, lm4 and nibbles of turbo and qjl; [8] for lm3.
+
+    In `dtype`, except for turbo, whose level is still to be added to. Other schemes get an unused scalar.
+    """
+    if scheme not in _BITS:
+        return torch.zeros(1, dtype=dtype, device=device)
+    levels = torch.tensor(LEVELS[_BITS[scheme]], dtype=torch.float64)
+    if scheme == "lm3":
+        return levels.to(device, dtype)
+    bits = 2 if scheme == "lm2" else 4
+    codes = (torch.arange(256)[:, None] >> torch.arange(0, 8, bits)) & (2**bits - 1)
+    if scheme in ("turbo", "qjl"):
+        codes &= 7
+    return levels[codes].to(device, torch.float32 if scheme == "turbo" else dtype).contiguous()
+
+
+@lru_cache(maxsize=64)
+def encode_table(scheme: str, candidates: tuple[float, ...], device: torch.device) -> Tensor:
+    """[2^b levels | 2^b - 1 thresholds, padded to 2^b | candidates] float32."""
+    bits = _BITS.get(scheme)
+    if bits is None:
+        return torch.zeros(1, device=device)
+    numbers = (*LEVELS[bits], *thresholds(bits), 0.0, *candidates)
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=64)
+def signs_of_hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """√D · H: entries are ±1, exact in any dtype."""
+    return (hadamard_matrix(size, torch.float64, torch.device("cpu")).sign()).to(device, dtype)
+
+
+@lru_cache(maxsize=32)
+def qjl_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """√D · H · Sᵀ · √(π/2)/D, [D, D]: x @ it is the query that meets the signs of `qjl` (of keys)."""
+    cpu = torch.device("cpu")
+    projection = qjl_projection(size, torch.float64, cpu) * qjl_scale(size) * size**0.5
+    return (hadamard_matrix(size, torch.float64, cpu) @ projection.T).to(device, dtype)
+
+
+# --- small pieces -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def to_half(x):
+    """fp16, saturated; NaN stays NaN."""
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -65504.0), 65504.0), x).to(tl.float16)
+
+
+@triton.jit
+def round_even(x):
+    """To the nearest integer, ties to even, for |x| < 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def encode_e4m3(x):
+    """float32 within ±448 -> e4m3 bytes, bit for bit as torch rounds them, on any architecture."""
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    bits = bits & 0x7FFFFFFF
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    subnormal = round_even(tl.abs(x) * 512.0).to(tl.int32)
+    code = tl.where(bits < 0x3C800000, subnormal, normal)
+    code = tl.where(x == x, tl.minimum(code, 0x7F), 0x7F)
+    return (sign | code).to(tl.uint8)
+
+
+@triton.jit
+def decode_e4m3(byte):
+    """e4m3 bytes -> fp16, value / 256, exactly: the bits are moved to where fp16 has them."""
+    bits = ((byte.to(tl.uint16) & 0x80) << 8) | ((byte.to(tl.uint16) & 0x7F) << 7)
+    return bits.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _signs(SIZE: tl.constexpr):
+    """√SIZE · H, [SIZE, SIZE], SIZE at most 16."""
+    i = tl.arange(0, SIZE)
+    common = i[:, None] & i[None, :]
+    common ^= common >> 2
+    common ^= common >> 1
+    return (1 - 2 * (common & 1)).to(tl.float32)
+
+
+@triton.jit
+def walsh(x, R: tl.constexpr, D: tl.constexpr):
+    """√D · H x for every row of x [R, D] float32; H of A · B is H of A ⊗ H of B."""
+    A: tl.constexpr = 4 if D == 16 else (8 if D <= 64 else 16)
+    B: tl.constexpr = D // A
+    y = tl.reshape(x, (R, 1, A, B)) * _signs(A)[None, :, :, None]
+    y = tl.reshape(tl.sum(y, 2), (R * A, 1, B)) * _signs(B)[None, :, :]
+    return tl.reshape(tl.sum(y, 2), (R, D))
+
+
+@triton.jit
+def multiply_rows(rows, row_mask, matrix, D: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr):
+    """rows [R] pointers to D contiguous elements each -> their product with matrix [D, D], [R, D] float32.
+
+    The matrix has the elements' dtype. With ±1 entries nothing is rounded but the float32 sums.
+    """
+    d = tl.arange(0, D)
+    out = tl.zeros((R, D), tl.float32)
+    for start in tl.static_range(0, D, CHUNK):
+        k = start + tl.arange(0, CHUNK)
+        x = tl.load(rows[:, None] + k[None, :], mask=row_mask[:, None], other=0.0)
+        h = tl.load(matrix + k[:, None] * D + d[None, :])
+        out = tl.dot(x, h, out, input_precision="ieee")
+    return out
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _bytes(
+    codes, row, valid, STRIDE: tl.constexpr, OFFSET: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr
+):
+    """[N, PAD] uint8: COUNT bytes of each row from OFFSET on, zero beyond and where not valid."""
+    i = tl.arange(0, PAD)
+    pointer = codes + OFFSET + row[:, None] * STRIDE + i[None, :]
+    mask = valid[:, None] if COUNT == PAD else valid[:, None] & (i < COUNT)[None, :]
+    return tl.load(pointer, mask=mask, other=0)
+
+
+@triton.jit
+def _expand(byte, BITS: tl.constexpr):
+    """[N, B] bytes -> [N, B · 8/BITS] codes, int32."""
+    N: tl.constexpr = byte.shape[0]
+    PER: tl.constexpr = 8 // BITS
+    shifts = tl.arange(0, PER) * BITS
+    codes = (byte.to(tl.int32)[:, :, None] >> shifts[None, None, :]) & (2**BITS - 1)
+    return tl.reshape(codes, (N, byte.shape[1] * PER))
+
+
+@triton.jit
+def _look_up(byte, table, PER: tl.constexpr):
+    """[N, B] bytes -> [N, B · PER] table entries: one wide load a byte."""
+    N: tl.constexpr = byte.shape[0]
+    index = (byte.to(tl.int32) * PER)[:, :, None] + tl.arange(0, PER)[None, None, :]
+    return tl.reshape(tl.load(table + index), (N, byte.shape[1] * PER))
+
+
+@triton.jit
+def load_tile(
+    codes, meta, row, valid, table,
+    SCHEME: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Rows `row` [N] of a page as a tile and factors: x̂ = tile [N, DP] (in DTYPE) · factor [N] (float32).
+
+    codes: uint8 pointer to the block's K or V codes; meta: fp16 pointer to its first metadata row. Rows that
+    are not valid are zero or finite. `qjl` lacks its residual here, see `load_signs`.
+    """
+    N: tl.constexpr = row.shape[0]
+    if SCHEME == "none":
+        d = tl.arange(0, DP)
+        typed = codes.to(tl.pointer_type(DTYPE), bitcast=True)
+        mask = valid[:, None] & (d < D)[None, :]
+        tile = tl.load(typed + row[:, None] * D + d[None, :], mask=mask, other=0.0)
+        factor = tl.full((N,), 1.0, tl.float32)
+    else:
+        factor = tl.load(meta + row, mask=valid, other=0.0).to(tl.float32)
+        if SCHEME == "fp8":
+            tile = decode_e4m3(_bytes(codes, row, valid, D, 0, D, DP)).to(DTYPE)
+            factor = factor * 256.0
+        elif SCHEME == "int8" or SCHEME == "int4":
+            if SCHEME == "int8":
+                code = _bytes(codes, row, valid, D, 0, D, DP)
+            else:
+                code = _expand(_bytes(codes, row, valid, D // 2, 0, D // 2, DP // 2), 4)
+            minimum = tl.load(meta + P + row, mask=valid, other=0.0).to(tl.float32)
+            tile = (code.to(tl.float32) * factor[:, None] + minimum[:, None]).to(DTYPE)
+            factor = tl.full((N,), 1.0, tl.float32)
+        elif SCHEME == "lm2":
+            tile = _look_up(_bytes(codes, row, valid, D // 4, 0, D // 4, DP // 4), table, 4)
+        elif SCHEME == "lm3":
+            low = _expand(_bytes(codes, row, valid, D * 3 // 8, 0, D // 4, DP // 4), 2)
+            high = _expand(_bytes(codes, row, valid, D * 3 // 8, D // 4, D // 8, DP // 8), 1)
+            tile = tl.load(table + (low | (high << 2)))
+        else:
+            byte = _bytes(codes, row, valid, D // 2, 0, D // 2, DP // 2)
+            tile = _look_up(byte, table, 2)
+            if SCHEME == "turbo":
+                scale = tl.load(meta + P + row, mask=valid, other=0.0).to(tl.float32)
+                sign = tl.where((_expand(byte, 4) & 8) != 0, scale[:, None], -scale[:, None])
+                tile = (tile + sign).to(DTYPE)
+    return tile, factor
+
+
+@triton.jit
+def load_signs(
+    codes, meta, row, valid, DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr
+):
+    """The residual of `qjl`: signs [N, DP] in DTYPE, and n · ‖r‖ [N]."""
+    byte = _bytes(codes, row, valid, D // 2, 0, D // 2, DP // 2)
+    factor = tl.load(meta + row, mask=valid, other=0.0).to(tl.float32)
+    length = tl.load(meta + P + row, mask=valid, other=0.0).to(tl.float32)
+    return ((_expand(byte, 4) >> 3) * 2 - 1).to(DTYPE), factor * length
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pack(code, BITS: tl.constexpr):
+    """[R, DP] int32 codes -> [R, DP · BITS/8] bytes."""
+    R: tl.constexpr = code.shape[0]
+    PER: tl.constexpr = 8 // BITS
+    parts = tl.reshape(code, (R, code.shape[1] // PER, PER))
+    return tl.sum(parts << (tl.arange(0, PER) * BITS)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def _store_bytes(codes, byte, mask, STRIDE: tl.constexpr, OFFSET: tl.constexpr, COUNT: tl.constexpr):
+    """byte [R, PAD] to `codes` [R] pointers of rows."""
+    PAD: tl.constexpr = byte.shape[1]
+    i = tl.arange(0, PAD)
+    inside = mask[:, None] & (i < COUNT)[None, :]
+    tl.store(codes[:, None] + OFFSET + i[None, :], byte, mask=inside)
+
+
+@triton.jit
+def _divide(x, by):
+    """x / by as IEEE rounds it, 0 where `by` is 0."""
+    return tl.where(by == 0, 0.0, tl.div_rn(x, tl.where(by == 0, 1.0, by)))
+
+
+@triton.jit
+def _nearest(y, table, BITS: tl.constexpr):
+    """Index of the nearest level, and the level."""
+    COUNT: tl.constexpr = 2**BITS
+    index = tl.zeros(y.shape, tl.int32)
+    for k in tl.static_range(COUNT - 1):
+        index += (y > tl.load(table + COUNT + k)).to(tl.int32)
+    return index, tl.load(table + index)
+
+
+@triton.jit
+def _code(y, table, SCHEME: tl.constexpr, BITS: tl.constexpr, RESIDUAL: tl.constexpr, D: tl.constexpr):
+    """y [R, D] -> codes, what they stand for, and (turbo) the residual's scale [R] as fp16 rounds it."""
+    index, coded = _nearest(y, table, BITS)
+    scale = tl.zeros((y.shape[0],), tl.float32)
+    if SCHEME == "turbo":
+        rest = y - coded
+        scale = tl.sum(tl.abs(rest), 1) / D if RESIDUAL == "abs" else tl.sqrt_rn(tl.sum(rest * rest, 1) / D)
+        scale = to_half(scale).to(tl.float32)
+        coded += tl.where(rest >= 0, scale[:, None], -scale[:, None])
+        index |= (rest >= 0).to(tl.int32) << 3
+    return index, coded, scale
+
+
+@triton.jit
+def _store_rotated(
+    x, codes, meta, mask, table, projection,
+    SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Lloyd-Max codes of x [R, D], already rotated."""
+    BITS: tl.constexpr = 2 if SCHEME == "lm2" else (4 if SCHEME == "lm4" else 3)
+    norm = to_half(tl.sqrt_rn(tl.sum(x * x, 1) / D)).to(tl.float32)
+    y = _divide(x, norm[:, None])
+    first = 2 * 2**BITS
+    index, coded, scale = _code(y * tl.load(table + first), table, SCHEME, BITS, RESIDUAL, D)
+    dot = tl.sum(y * coded, 1)
+    square = tl.sum(coded * coded, 1)
+    for k in range(1, CANDIDATES):
+        index2, coded2, scale2 = _code(y * tl.load(table + first + k), table, SCHEME, BITS, RESIDUAL, D)
+        dot2 = tl.sum(y * coded2, 1)
+        square2 = tl.sum(coded2 * coded2, 1)
+        better = dot2 * dot2 / square2 > dot * dot / square
+        index = tl.where(better[:, None], index2, index)
+        scale, dot = tl.where(better, scale2, scale), tl.where(better, dot2, dot)
+        square = tl.where(better, square2, square)
+        coded = tl.where(better[:, None], coded2, coded)
+    factor = norm
+    if NORM == "corrected":
+        factor = norm * tl.sqrt_rn(tl.div_rn(tl.sum(y * y, 1), square))
+    if NORM == "unbiased":
+        factor = norm * _divide(tl.sum(y * y, 1), dot)
+    if SCHEME == "qjl":
+        rest = y - coded
+        scale = tl.sqrt_rn(tl.sum(rest * rest, 1))
+        d = tl.arange(0, D)
+        s = tl.load(projection + d[:, None] * D + d[None, :])
+        projected = tl.sum(s[None, :, :] * rest[:, None, :], 2)
+        index |= (projected >= 0).to(tl.int32) << 3
+    tl.store(meta, to_half(factor), mask=mask)
+    if SCHEME == "turbo" or SCHEME == "qjl":
+        tl.store(meta + P, to_half(scale), mask=mask)
+        _store_bytes(codes, _pack(index, 4), mask, D // 2, 0, D // 2)
+    elif SCHEME == "lm3":
+        _store_bytes(codes, _pack(index & 3, 2), mask, D * 3 // 8, 0, D // 4)
+        _store_bytes(codes, _pack(index >> 2, 1), mask, D * 3 // 8, D // 4, D // 8)
+    else:
+        _store_bytes(codes, _pack(index, BITS), mask, D * BITS // 8, 0, D * BITS // 8)
+
+
+@triton.jit
+def store_rows(
+    x, codes, meta, mask, table, projection,
+    SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
+    ROTATED: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Encode x [R, DP], zero beyond D, to rows whose codes and first metadata lie at `codes`, `meta` [R]."""
+    R: tl.constexpr = x.shape[0]
+    d = tl.arange(0, DP)
+    if SCHEME == "none":
+        typed = codes.to(tl.pointer_type(DTYPE), bitcast=True)
+        tl.store(typed[:, None] + d[None, :], x.to(DTYPE), mask=mask[:, None] & (d < D)[None, :])
+    else:
+        x = x.to(tl.float32)
+        if ROTATED:
+            x = walsh(x, R, D) * (1.0 / D**0.5)
+        x = tl.where(x == x, tl.minimum(tl.maximum(x, -1073741824.0), 1073741824.0), x)
+        spoiled = tl.sum(x * 0.0, 1)  # NaN where any element is: minima and maxima pass over it
+        if ROTATED:
+            _store_rotated(x, codes, meta, mask, table, projection, SCHEME, NORM, RESIDUAL, CANDIDATES, D, P)
+        elif SCHEME == "fp8":
+            scale = to_half(tl.div_rn(tl.max(tl.abs(x), 1), 448.0) + spoiled)
+            scaled = _divide(x, scale.to(tl.float32)[:, None])
+            scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
+            tl.store(meta, scale, mask=mask)
+            _store_bytes(codes, encode_e4m3(scaled), mask, D, 0, D)
+        else:
+            TOP: tl.constexpr = 255 if SCHEME == "int8" else 15
+            inside = (d < D)[None, :]
+            low = tl.min(tl.where(inside, x, float("inf")), 1)
+            high = tl.max(tl.where(inside, x, float("-inf")), 1)
+            scale = to_half(tl.div_rn(high - low, TOP) + spoiled)
+            minimum = to_half(low)
+            code = _divide(x - minimum.to(tl.float32)[:, None], scale.to(tl.float32)[:, None])
+            code = round_even(tl.minimum(tl.maximum(code, 0.0), TOP)).to(tl.int32)
+            tl.store(meta, scale, mask=mask)
+            tl.store(meta + P, minimum, mask=mask)
+            if SCHEME == "int8":
+                _store_bytes(codes, code.to(tl.uint8), mask, D, 0, D)
+            else:
+                _store_bytes(codes, _pack(code, 4), mask, D // 2, 0, D // 2)

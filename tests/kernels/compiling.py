@@ -1,0 +1,108 @@
+"""Compile the kernels that a launcher would launch, for any architecture, without a GPU."""
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
+"""KiB of shared memory one program may have."""
+
+_TYPES = {
+    torch.uint8: "*u8", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+}  # fmt: skip
+_OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass
+class Launch:
+    """One recorded launch: what `triton.compile` needs."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list]
+    options: dict[str, int]
+
+    def compile(self, capability: int):  # noqa: ANN201
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+
+
+class _Recorder:
+    def __init__(self, name: str, kernel: Any, launches: list[Launch]) -> None:
+        self.name, self.kernel, self.launches = name, kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.record
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        options = {key: kwargs.pop(key) for key in _OPTIONS if key in kwargs}
+        values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        signature, constants, attributes = {}, {}, {}
+        for index, param in enumerate(self.kernel.params):
+            value = values[param.name]
+            if isinstance(value, torch.Tensor):
+                signature[param.name] = _TYPES[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            elif param.is_constexpr:
+                signature[param.name] = "constexpr"
+                constants[(index,)] = value
+            elif isinstance(value, float):
+                signature[param.name] = "fp32"
+            else:
+                signature[param.name] = "i32"
+                if value % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+        self.launches.append(Launch(self.name, self.kernel, signature, constants, attributes, options))
+
+
+@contextmanager
+def recording(*modules: ModuleType) -> Iterator[list[Launch]]:
+    """Inside, launches of these modules' kernels are recorded, not run."""
+    launches: list[Launch] = []
+    saved = []
+    for module in modules:
+        for name, kernel in vars(module).items():
+            if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
+                saved.append((module, name, kernel))
+    for module, name, kernel in saved:
+        setattr(module, name, _Recorder(name, kernel, launches))
+    try:
+        yield launches
+    finally:
+        for module, name, kernel in saved:
+            setattr(module, name, kernel)
+
+
+@lru_cache(maxsize=1)
+def _cuobjdump() -> str | None:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(path) if path.exists() else None
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL, SHARED of a compiled kernel, as cuobjdump tells; empty without it."""
+    tool = _cuobjdump()
+    if tool is None:
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    fields = [part.split(":") for part in text.split() if ":" in part and part.split(":")[1].isdigit()]
+    return {key: int(value) for key, value, *_ in fields if "[" not in key}
