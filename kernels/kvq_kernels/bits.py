@@ -24,18 +24,25 @@ _BITS = {"lm2": 2, "lm3": 3, "lm4": 4, "turbo": 3, "qjl": 3}
 def decode_table(scheme: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What bytes stand for: [256, elements a byte] for lm2, lm4 and nibbles of turbo and qjl; [8] for lm3.
 
-    In `dtype`, except for turbo, whose level is still to be added to. Other schemes get an unused scalar.
+    Bits of `dtype` as integers: the cast that makes them floats keeps triton 3.6 from moving the reshape of a
+    looked-up tile into shared memory, where it crashes for sm_90. Float32 for turbo, whose level is still to
+    be added to. Other schemes get an unused scalar.
     """
     if scheme not in _BITS:
         return torch.zeros(1, dtype=dtype, device=device)
     levels = torch.tensor(LEVELS[_BITS[scheme]], dtype=torch.float64)
     if scheme == "lm3":
-        return levels.to(device, dtype)
+        return _as_bits(levels.to(device, dtype))
     bits = 2 if scheme == "lm2" else 4
     codes = (torch.arange(256)[:, None] >> torch.arange(0, 8, bits)) & (2**bits - 1)
     if scheme in ("turbo", "qjl"):
         codes &= 7
-    return levels[codes].to(device, torch.float32 if scheme == "turbo" else dtype).contiguous()
+    table = levels[codes].contiguous()
+    return table.to(device, torch.float32) if scheme == "turbo" else _as_bits(table.to(device, dtype))
+
+
+def _as_bits(table: Tensor) -> Tensor:
+    return table.view(torch.int32 if table.dtype == torch.float32 else torch.int16)
 
 
 @lru_cache(maxsize=64)
@@ -98,23 +105,19 @@ def decode_e4m3(byte):
 
 
 @triton.jit
-def _signs(SIZE: tl.constexpr):
-    """√SIZE · H, [SIZE, SIZE], SIZE at most 16."""
-    i = tl.arange(0, SIZE)
-    common = i[:, None] & i[None, :]
-    common ^= common >> 2
-    common ^= common >> 1
-    return (1 - 2 * (common & 1)).to(tl.float32)
-
-
-@triton.jit
 def walsh(x, R: tl.constexpr, D: tl.constexpr):
-    """√D · H x for every row of x [R, D] float32; H of A · B is H of A ⊗ H of B."""
-    A: tl.constexpr = 4 if D == 16 else (8 if D <= 64 else 16)
-    B: tl.constexpr = D // A
-    y = tl.reshape(x, (R, 1, A, B)) * _signs(A)[None, :, :, None]
-    y = tl.reshape(tl.sum(y, 2), (R * A, 1, B)) * _signs(B)[None, :, :]
-    return tl.reshape(tl.sum(y, 2), (R, D))
+    """√D · H x for every row of x [R, D] float32, D up to 256.
+
+    Each stage replaces the halves of a row by their sums and differences, interleaved: the index turns by one
+    bit, and after log2 D stages every bit had its turn and is back in its place. (Stages written as products
+    with a small matrix would be shorter, but leave copies of the result in several lanes, four times more
+    after each.)
+    """
+    for stage in tl.static_range(8):
+        if 2**stage < D:
+            a, b = tl.split(tl.permute(tl.reshape(x, (R, 2, D // 2)), (0, 2, 1)))
+            x = tl.reshape(tl.join(a + b, a - b), (R, D))
+    return x
 
 
 @triton.jit
@@ -196,11 +199,12 @@ def load_tile(
             tile = (code.to(tl.float32) * factor[:, None] + minimum[:, None]).to(DTYPE)
             factor = tl.full((N,), 1.0, tl.float32)
         elif SCHEME == "lm2":
-            tile = _look_up(_bytes(codes, row, valid, D // 4, 0, D // 4, DP // 4), table, 4)
+            byte = _bytes(codes, row, valid, D // 4, 0, D // 4, DP // 4)
+            tile = _look_up(byte, table, 4).to(DTYPE, bitcast=True)
         elif SCHEME == "lm3":
             low = _expand(_bytes(codes, row, valid, D * 3 // 8, 0, D // 4, DP // 4), 2)
             high = _expand(_bytes(codes, row, valid, D * 3 // 8, D // 4, D // 8, DP // 8), 1)
-            tile = tl.load(table + (low | (high << 2)))
+            tile = tl.load(table + (low | (high << 2))).to(DTYPE, bitcast=True)
         else:
             byte = _bytes(codes, row, valid, D // 2, 0, D // 2, DP // 2)
             tile = _look_up(byte, table, 2)
@@ -208,6 +212,8 @@ def load_tile(
                 scale = tl.load(meta + P + row, mask=valid, other=0.0).to(tl.float32)
                 sign = tl.where((_expand(byte, 4) & 8) != 0, scale[:, None], -scale[:, None])
                 tile = (tile + sign).to(DTYPE)
+            else:
+                tile = tile.to(DTYPE, bitcast=True)
     return tile, factor
 
 

@@ -278,11 +278,20 @@ def padded_group(layout: PageLayout, query_heads: int) -> tuple[int, int]:
     return group, max(16, triton.next_power_of_2(group))
 
 
-def tile_tokens(layout: PageLayout, dtype: torch.dtype) -> int:
+@lru_cache(maxsize=16)
+def has_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `tl.dot` uses the matrix units: not for float32 (IEEE), nor below sm_80: plain FMA there."""
+    if device.type != "cuda":
+        return dtype != torch.float32
+    return dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def tile_tokens(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> int:
     """Tokens of a tile: a power of two that divides the page, so that a tile has one page."""
     wide = triton.next_power_of_2(max(layout.key_dim, layout.value_dim))
     tokens = layout.page_size & -layout.page_size
-    return max(16, min(tokens, 64, _TILE_BYTES // (wide * dtype.itemsize)))
+    budget = _TILE_BYTES if has_products(dtype, device) else _TILE_BYTES // 2
+    return max(16, min(tokens, 64, budget // (wide * dtype.itemsize)))
 
 
 def key_matrices(
@@ -335,7 +344,7 @@ def paged_decode(
     check_pages(pages, layout)
     query = unit_stride(query)
     group, padded = padded_group(layout, query_heads)
-    tokens = tile_tokens(layout, query.dtype)
+    tokens = tile_tokens(layout, query.dtype, query.device)
     longest = block_tables.shape[1] * layout.page_size if max_context is None else max_context
     reach = min(longest, window) if window else longest
     if splits is None:

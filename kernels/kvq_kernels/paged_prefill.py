@@ -18,6 +18,7 @@ from kvq_kernels.paged_decode import (
     LOG2E,
     attend_pages,
     attend_raw,
+    has_products,
     key_matrices,
     load_query,
     softmax_step,
@@ -26,7 +27,7 @@ from kvq_kernels.paged_decode import (
 )
 from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
 
-_ROW_BYTES = 32768
+_ROW_BYTES = 16384
 """Of one tile of queries."""
 
 
@@ -165,11 +166,12 @@ def _fresh_kernel(
         tl.store(out + to[:, None] * DV + d[None, :], acc.to(DTYPE), mask=real_values)
 
 
-def _block_tokens(layout: PageLayout, padded_group: int, longest: int, dtype: torch.dtype) -> int:
-    """Tokens of a program: with the group's heads 64 rows, fewer where a tile of queries gets too large."""
+def _block_tokens(layout: PageLayout, padded_group: int, longest: int, query: Tensor) -> int:
+    """Tokens of a program: 64 rows with the group's heads, fewer where the accumulator would not fit."""
     wide = triton.next_power_of_2(max(layout.key_dim, layout.value_dim))
-    rows = max(16, min(64, _ROW_BYTES // (wide * dtype.itemsize)))
-    return max(1, min(rows, padded_group * triton.next_power_of_2(longest)) // padded_group)
+    most = 64 if has_products(query.dtype, query.device) else 16
+    rows = max(16, min(most, _ROW_BYTES // (wide * 2), padded_group * triton.next_power_of_2(longest)))
+    return max(1, rows // padded_group)
 
 
 def paged_prefill(
@@ -200,7 +202,7 @@ def paged_prefill(
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = query_heads // layout.num_kv_heads
     padded = triton.next_power_of_2(group)
-    block_tokens = max(_block_tokens(layout, padded, max_chunk, query.dtype), triton.cdiv(16, padded))
+    block_tokens = _block_tokens(layout, padded, max_chunk, query)
     out = torch.empty(tokens, query_heads, value_dim, dtype=query.dtype, device=device)
     if not max_chunk:
         return out
@@ -209,8 +211,8 @@ def paged_prefill(
         "WINDOW": window > 0, "CAP": softcap > 0, "SINK": 0 if raw is None else raw.sink,
         "RECENT": 0 if raw is None else raw.recent, "QUERY_HEADS": query_heads, "G": group, "GP": padded,
         "DTYPE": DTYPES[query.dtype], "DK": key_dim, "DKP": triton.next_power_of_2(key_dim),
-        "DV": value_dim, "DVP": triton.next_power_of_2(value_dim), "N": tile_tokens(layout, query.dtype),
-        "BT": block_tokens, "num_warps": 4, "num_stages": 2,
+        "DV": value_dim, "DVP": triton.next_power_of_2(value_dim),
+        "N": tile_tokens(layout, query.dtype, device), "BT": block_tokens, "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
     earlier = stats = out  # unused without history
     if max_history:

@@ -117,7 +117,7 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
     key, value = unit_stride(key), unit_stride(value)
     k, v = layout.key, layout.value
     qjl_dim = max(layout.key_dim * (k.scheme == "qjl"), layout.value_dim * (v.scheme == "qjl"))
-    rows, warps = (2, 2) if tokens <= _SMALL else (8, 4)
+    rows, warps = (2, 2) if tokens <= _SMALL else (4, 4)
     if qjl_dim:  # a [D, D] projection a row
         rows, warps = 1, max(1, qjl_dim * qjl_dim // 4096)
     _store_kernel[(triton.cdiv(tokens, rows), heads, 2)](

@@ -19,7 +19,7 @@ SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
 """KiB of shared memory one program may have."""
 
 _TYPES = {
-    torch.uint8: "*u8", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64", torch.int16: "*i16",
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages")
