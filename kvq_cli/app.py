@@ -14,6 +14,7 @@ import typer
 from kvq_cli.commands.chat import chat
 from kvq_cli.commands.compare import compare
 from kvq_cli.commands.doctor import doctor
+from kvq_cli.commands.eval import eval
 from kvq_cli.commands.policies import policies
 from kvq_cli.commands.profile_throughput import profile_throughput
 from kvq_cli.commands.run import run
@@ -38,7 +39,7 @@ app = typer.Typer(
 )
 for panel, commands in {
     "Generate": (run, chat),
-    "Measure": (profile_throughput, compare),
+    "Measure": (profile_throughput, compare, eval),
     "Look around": (policies, doctor),
 }.items():
     for command in commands:

@@ -1,1 +1,1 @@
-"""What a policy costs in quality."""
+"""What a policy does to a model's predictions."""

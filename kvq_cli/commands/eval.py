@@ -1,0 +1,238 @@
+"""`kvq eval`: what a policy does to a model's predictions."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvq_cli import console
+from kvq_cli.options import DEFAULT_MODEL, Json, Model, OutputFile, Policies, engine_options
+from kvq_core.config import EngineConfig
+from kvq_core.errors import CheckFailed, UsageError
+from kvq_core.policies import parse_policies
+
+if TYPE_CHECKING:
+    from kvq_core.bench.record import RunRecord
+    from kvq_core.models import LoadedModel
+    from kvq_core.quality.perplexity import Result, Row
+    from kvq_core.quality.text import Windows
+
+TEXT_PANEL, CHECK_PANEL = "Text", "Checks"
+CPU_LIMIT, GPU_LIMIT = 4, 32
+"""Windows without `--limit`."""
+NOT_HERE = (
+    "policy", "kv_memory", "gpu_memory_utilization", "page_size", "load_format", "max_num_seqs",
+    "prefill_chunk", "max_model_len", "enforce_eager",
+)  # fmt: skip
+
+
+def parse_fraction(text: str | float) -> float:
+    """0.01 from `0.01` or `1%`."""
+    if isinstance(text, float):
+        return text
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise UsageError(f"`{text}` is not a share", "a number as `0.01`, or `1%`")
+    return value
+
+
+@engine_options(without=NOT_HERE)
+def eval(
+    policies: Policies = "0,8,4,42",
+    model: Model = DEFAULT_MODEL,
+    dataset_path: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEXT",
+            help="A text file, UTF-8.",
+            show_default="the shipped conversations",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = None,
+    context_len: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Tokens of a window.", rich_help_panel=TEXT_PANEL)
+    ] = 1024,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="WINDOWS",
+            help="Measure this many windows from the start of the text; 0: all.",
+            show_default=f"{CPU_LIMIT} on a CPU, {GPU_LIMIT} on a GPU",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = None,
+    through_engine: Annotated[
+        bool,
+        typer.Option(
+            "--through-engine",
+            help="Decode the text token by token from the paged cache: slow, and the same figures.",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = False,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="Exit with code 3 if a policy's mean KL divergence is above this.",
+            rich_help_panel=CHECK_PANEL,
+        ),
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_fraction,
+            metavar="SHARE",
+            help="Exit with code 3 if a policy raises the perplexity by more than this share: 0.01 or 1%.",
+            rich_help_panel=CHECK_PANEL,
+        ),
+    ] = None,
+    output: OutputFile = None,
+    json: Json = False,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Measure perplexity and drift of policies on a text.
+
+    Every key and value is read back through its codec, as in decoding; prefill
+    over fresh ones would hide the quantization. The text is cut into windows
+    from its start; tokens 2 … N of each are predicted.
+
+    ppl: perplexity. KL: divergence from the predictions with an unquantized
+    cache, nats per token. top-1: share of tokens whose likeliest successor
+    stays the same. bits: codes, metadata and unquantized tokens, per element
+    of a request as long as a window.
+
+    kvq eval --policies none,int8,42 --dataset-path book.txt --context-len 2048
+    kvq eval --policies 42 --sink 4 --recent 128 --max-kl 0.02
+    """
+    chosen = [config.replace(policy=policy).resolved_policy() for policy in parse_policies(policies)]
+    from kvq_core.quality.text import read_text, sample_text
+
+    text, name = (read_text(dataset_path), dataset_path.name) if dataset_path else sample_text()
+    if output:
+        from kvq_core.bench.record import check_output
+
+        check_output(output)
+    with console.progress(f"loading {model}"):
+        from kvq_core.models import load_model
+
+        loaded = load_model(model, dtype=config.dtype, device=config.device)
+    from kvq_core.quality.perplexity import evaluate
+    from kvq_core.quality.text import cut_windows
+
+    if limit is None:
+        limit = CPU_LIMIT if loaded.device.type == "cpu" else GPU_LIMIT
+    windows = cut_windows(loaded, text, name, context_len=context_len, limit=limit)
+    count = windows.ids.shape[0]
+    console.say(f"{name}: {count} of {windows.available} windows of {context_len} tokens")
+    with console.progress(f"measuring {len(chosen)} policies") as update:
+        result = evaluate(
+            loaded,
+            windows,
+            chosen,
+            through_engine=through_engine,
+            progress=lambda done, total: update(done=done, total=total),
+        )
+    if not result.rows:
+        raise KeyboardInterrupt
+    _report(_records(loaded, windows, result, config, through_engine), result, output, json)
+    if not result.complete:
+        raise typer.Exit(130)
+    _check(result, max_kl, max_ppl_increase)
+
+
+def _report(records: list["RunRecord"], result: "Result", output: Path | None, json: bool) -> None:
+    documents: Any = [record.to_dict() for record in records]
+    documents = documents if len(documents) > 1 else documents[0]
+    if json:
+        console.emit_json(documents)
+    else:
+        title = "quality" if result.complete else f"quality (interrupted after {result.windows} windows)"
+        columns = ["policy", "bits", "ppl", "change", "KL", "KL median", "KL p99", "top-1"]
+        console.emit_table(title, columns, [_cells(row, result) for row in result.rows])
+    if output:
+        from kvq_core.bench.record import write_records
+
+        write_records(output, documents)
+        console.say(f"wrote {output}")
+
+
+def _cells(row: "Row", result: "Result") -> list[str]:
+    figures = row.figures
+    return [
+        row.policy.label,
+        f"{row.bits_per_element:.2f}",
+        f"{figures.ppl:.3f}",
+        f"{figures.ppl / result.reference_ppl - 1:+.2%}",
+        f"{figures.kl:.5f}",
+        f"{figures.kl_median:.5f}",
+        f"{figures.kl_p99:.4f}",
+        f"{figures.top1:.2%}",
+    ]
+
+
+def _records(
+    model: "LoadedModel", windows: "Windows", result: "Result", config: EngineConfig, through_engine: bool
+) -> list["RunRecord"]:
+    """A run record for each policy, with the figures at its top level."""
+    from kvq_core.bench.env import collect_env
+    from kvq_core.bench.record import RunRecord
+
+    env = collect_env(seed=config.seed, device=str(model.device))
+    workload = windows.describe() | {
+        "kind": "quality",
+        "windows": result.windows,
+        "read_back": "by decoding through the engine" if through_engine else "in one forward a window",
+    }
+    described = model.describe()
+    described["name"] = (
+        Path(described["name"]).name if Path(described["name"]).exists() else described["name"]
+    )
+    return [
+        RunRecord(
+            label=row.policy.label,
+            complete=result.complete,
+            policy={
+                "name": row.policy.label,
+                "number": row.policy.number,
+                "key": row.policy.key,
+                "value": row.policy.value,
+                "sink": row.policy.sink,
+                "recent": row.policy.recent,
+            },
+            model=described,
+            env=env,
+            workload=workload,
+            kv={"bits_per_element": row.bits_per_element},
+            metrics={
+                **row.to_dict(),
+                "reference_ppl": result.reference_ppl,
+                "duration": result.seconds,
+                "completed": result.windows,
+                "failed": 0,
+            },
+        )
+        for row in result.rows
+    ]
+
+
+def _check(result: "Result", max_kl: float | None, max_ppl_increase: float | None) -> None:
+    """`CheckFailed` where a policy is worse than what was asked for."""
+    for row in result.rows:
+        kl, increase = row.figures.kl, row.figures.ppl / result.reference_ppl - 1
+        if max_kl is not None and kl > max_kl:
+            raise CheckFailed(
+                f"{row.policy.label}: KL divergence {kl:.5f} is above --max-kl {max_kl:g}",
+                "a policy with more bits, or `--sink 4 --recent 128`, drifts less",
+            )
+        if max_ppl_increase is not None and increase > max_ppl_increase:
+            raise CheckFailed(
+                f"{row.policy.label}: perplexity rises by {increase:.2%}, above --max-ppl-increase "
+                f"{max_ppl_increase:.2%}",
+                "a policy with more bits, or `--sink 4 --recent 128`, drifts less",
+            )

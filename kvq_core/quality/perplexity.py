@@ -1,0 +1,131 @@
+"""Perplexity and drift of policies on a text."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvq_core.codecs import get_codec
+from kvq_core.models import LoadedModel, ModelGeometry
+from kvq_core.policies import Policy, get_policy
+from kvq_core.quality.decoded import decoded_drift
+from kvq_core.quality.drift import Drift, Figures
+from kvq_core.quality.read_back import logits
+from kvq_core.quality.text import Windows
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Quality of one policy."""
+
+    policy: Policy
+    figures: Figures
+    bits_per_element: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures of a run record."""
+        figures = self.figures
+        return {
+            "ppl": figures.ppl,
+            "kl": figures.kl,
+            "kl_median": figures.kl_median,
+            "kl_p99": figures.kl_p99,
+            "top1": figures.top1,
+            "bits_per_element": self.bits_per_element,
+            "predicted_tokens": figures.tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    rows: list[Row]
+    """In the order of the policies; empty where not one window was finished."""
+    reference_ppl: float
+    """Perplexity with an unquantized cache."""
+    windows: int
+    """Windows that were measured."""
+    seconds: float
+    complete: bool
+    """False: interrupted; the rows cover the windows that were finished, for all policies alike."""
+
+
+def evaluate(
+    model: LoadedModel,
+    windows: Windows,
+    policies: Sequence[Policy],
+    *,
+    through_engine: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Measure each policy against the unquantized cache on every window: tokens 2 … L are predicted.
+
+    Every key and value is read back through its codec, in one forward a window, or, `through_engine`, by
+    decoding token by token from the paged cache. Ctrl-C ends it early, with what was finished.
+    Raises `KvqError` where a codec can't take the model's head dim.
+    """
+    for policy in policies:
+        check_head_dims(model.geometry, policy)
+    none = get_policy("none")
+    totals, baseline = [Drift() for _ in policies], Drift()
+    start, done, complete = time.perf_counter(), 0, True
+    steps = windows.ids.shape[0] * (1 + len(policies))
+    try:
+        for ids in windows.ids:
+            ids = ids.to(model.device)
+            with torch.inference_mode():
+                reference = logits(model, ids, none)[:-1]
+                itself = Drift()
+                itself.add(reference, reference, ids[1:])
+                found = []
+                for index, policy in enumerate(policies):
+                    if progress:
+                        progress(done * (1 + len(policies)) + 1 + index, steps)
+                    if through_engine:
+                        found.append(decoded_drift(model, ids, policy, reference))
+                        continue
+                    if not policy.is_quantized:
+                        found.append(itself)
+                        continue
+                    drift = Drift()
+                    drift.add(reference, logits(model, ids, policy)[:-1], ids[1:])
+                    found.append(drift)
+            for total, drift in zip(totals, found, strict=True):
+                total.merge(drift)
+            baseline.merge(itself)
+            done += 1
+    except KeyboardInterrupt:
+        complete = False
+    rows = [
+        Row(policy, total.figures(), effective_bits(model.geometry, policy, windows.context_len))
+        for policy, total in zip(policies, totals, strict=True)
+        if done
+    ]
+    reference_ppl = baseline.figures().ppl if done else 0.0
+    return Result(rows, reference_ppl, done, time.perf_counter() - start, complete)
+
+
+def check_head_dims(geometry: ModelGeometry, policy: Policy) -> None:
+    """`KvqError` where a codec of the policy can't take a head dim of the model."""
+    for layer in set(geometry.layers):
+        get_codec(policy.key).check_head_dim(layer.key_dim)
+        get_codec(policy.value).check_head_dim(layer.value_dim)
+
+
+def effective_bits(geometry: ModelGeometry, policy: Policy, context_len: int) -> float:
+    """Bits an element of one request of `context_len` tokens: codes, metadata, and the unquantized tokens.
+
+    Quoted against 16 bits: unquantized elements count 2 bytes, whatever the model's dtype.
+    """
+    raw = (policy.sink + policy.recent) / context_len
+    size = elements = 0.0
+    for layer in geometry.layers:
+        count = layer.num_kv_heads * (layer.key_dim + layer.value_dim)
+        record = get_codec(policy.key).bytes_per_vector(layer.key_dim)
+        record += get_codec(policy.value).bytes_per_vector(layer.value_dim)
+        size += layer.num_kv_heads * record + raw * 2 * count
+        elements += count
+    return 8 * size / elements

@@ -1,0 +1,200 @@
+"""`kvq eval` on a tiny model: rows, records, checks and bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvq_cli.app import main
+from kvq_core.bench.record import read_records
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 10)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(["eval", "--device", "cpu", *map(str, args)])
+    output = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, output.out, output.err
+
+
+@pytest.fixture
+def options(folder: Path, text: Path) -> list[Any]:
+    return ["--model", folder, "--dataset-path", text, "--context-len", 40]
+
+
+def test_rows_on_stdout_and_in_the_file(
+    capsys: pytest.CaptureFixture[str], options: list[Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "quality.json"
+    code, out, err = run(
+        capsys, *options, "--policies", "none,int8,42", "--limit", 3, "--json", "--output", output
+    )
+    assert code == 0, err
+    rows = json.loads(out)
+    assert json.loads(output.read_text()) == rows
+    assert [row["policy"]["name"] for row in rows] == ["none", "int8", "turbo"]
+    assert [row["bits_per_element"] for row in rows] == [16.0, 9.0, 3.75]
+    assert rows[0]["kl"] == 0 and rows[0]["top1"] == 1 and rows[0]["ppl"] == rows[0]["reference_ppl"]
+    assert 0 < rows[1]["kl"] < rows[2]["kl"] and rows[2]["top1"] < 1
+    assert {row["predicted_tokens"] for row in rows} == {3 * 39}
+    assert rows[0]["workload"]["name"] == "book.txt" and rows[0]["workload"]["windows"] == 3
+    assert str(tmp_path.parent) not in out, "a record tells nothing of a disk"
+    records = read_records([output])
+    assert [record.label for record in records] == ["none", "int8", "turbo"]
+    assert records[2].get("kl") == rows[2]["kl"]
+
+
+def test_one_policy_gives_one_record_and_unquantized_tokens_count(
+    capsys: pytest.CaptureFixture[str], options: list[Any]
+) -> None:
+    code, out, _ = run(
+        capsys, *options, "--policies", "8", "--sink", 2, "--recent", 8, "--limit", 1, "--json"
+    )
+    row = json.loads(out)
+    assert code == 0
+    assert row["policy"] | {"sink": 2, "recent": 8} == row["policy"]
+    assert row["bits_per_element"] == pytest.approx(9.0 + 16 * 10 / 40)
+
+
+def test_a_table_for_people(capsys: pytest.CaptureFixture[str], options: list[Any]) -> None:
+    code, out, err = run(capsys, *options, "--policies", "0,42", "--limit", 0)
+    assert code == 0
+    assert "turbo" in out and "KL p99" in out
+    assert "13 of 13 windows" in err
+
+
+def test_both_ways_of_measuring_agree(capsys: pytest.CaptureFixture[str], options: list[Any]) -> None:
+    both = []
+    for way in ([], ["--through-engine"]):
+        code, out, _ = run(capsys, *options, "--policies", "8", "--limit", 1, "--json", *way)
+        assert code == 0
+        both.append(json.loads(out))
+    assert both[0]["ppl"] == pytest.approx(both[1]["ppl"], rel=0.01)
+    assert both[0]["workload"]["read_back"] != both[1]["workload"]["read_back"]
+
+
+@pytest.mark.parametrize(
+    ("check", "code"),
+    [
+        (["--max-kl", "1e-9"], 3),
+        (["--max-kl", "100"], 0),
+        (["--max-ppl-increase", "100000%"], 0),
+        (["--max-ppl-increase", "0", "--policies", "0"], 0),
+    ],
+)
+def test_checks_give_their_exit_code(
+    capsys: pytest.CaptureFixture[str], options: list[Any], check: list[str], code: int
+) -> None:
+    got, out, err = run(capsys, *options, "--policies", "42", "--limit", 2, *check)
+    assert got == code, err
+    assert "KL" in out, "the table is shown either way"
+    if code:
+        assert "above --max-kl" in err
+
+
+def test_a_rise_of_perplexity_that_was_ruled_out(
+    capsys: pytest.CaptureFixture[str], options: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvq_core.quality import perplexity
+
+    monkeypatch.setattr(perplexity.Drift, "add", _worse(perplexity.Drift.add))
+    code, _, err = run(capsys, *options, "--policies", "42", "--limit", 1, "--max-ppl-increase", "0.01")
+    assert code == 3 and "perplexity rises by" in err
+
+
+def _worse(add: Any) -> Any:
+    def changed(self: Any, reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        if logits is not reference:
+            logits = logits.clone()
+            logits[torch.arange(len(targets)), targets] -= 5.0
+        add(self, reference, logits, targets)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--policies", "nonsense"], 1, "unknown policy"),
+        (["--dataset-path", "/no/such/file"], 1, "cannot read"),
+        (["--context-len", "1"], 2, "context-len"),
+        (["--context-len", "4096"], 2, "--context-len must lie in"),
+        (["--limit", "-1"], 2, "limit"),
+        (["--max-ppl-increase", "much"], 2, "not a share"),
+        (["--max-kl", "-1"], 2, "max-kl"),
+    ],
+)
+def test_bad_input(
+    capsys: pytest.CaptureFixture[str], options: list[Any], args: list[str], code: int, message: str
+) -> None:
+    got, out, err = run(capsys, *options, *args)
+    assert got == code and message in err and "Traceback" not in err
+    assert not out
+
+
+def test_a_text_that_is_too_short(
+    capsys: pytest.CaptureFixture[str], options: list[Any], tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    code, _, err = run(capsys, *options, "--dataset-path", short)
+    assert code == 1 and "less than one window" in err
+
+
+def test_ctrl_c_keeps_the_windows_that_were_measured(
+    capsys: pytest.CaptureFixture[str], options: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from kvq_core.quality import perplexity
+
+    original, calls = perplexity.logits, 0
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(perplexity, "logits", interrupt)
+    output = tmp_path / "quality.json"
+    code, _, _ = run(capsys, *options, "--policies", "42", "--limit", 3, "--output", output)
+    record = json.loads(output.read_text())
+    assert code == 130 and record["complete"] is False and record["completed"] == 1
+    calls = 3
+    code, _, _ = run(capsys, *options, "--policies", "42", "--limit", 3)
+    assert code == 130
