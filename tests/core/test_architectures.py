@@ -167,7 +167,7 @@ def build(tiny: Tiny, folder: Path) -> Case:
 
 
 def generate(folder: Path, prompts: list[list[int]]) -> tuple[list[list[int]], list[Tensor]]:
-    """What transformers generates with eager attention: tokens, and logits [NEW_TOKENS, V], of each prompt."""
+    """What transformers generates with eager attention: tokens and logits [NEW_TOKENS, V] of each prompt."""
     reference = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
     ).eval()
