@@ -1,7 +1,7 @@
 """Decode: one query per request over its pages, split over the sequence, partials merged in a second launch.
 
-One program serves all G query heads of a kv head, so that every byte of the cache is read once. Scores are
-kept in base 2. This is the portable path: plain Triton, any architecture, every codec.
+One program serves all G query heads of a kv head, so that every byte of the cache is read once. This is the
+portable path: plain Triton, any architecture, every codec.
 """
 
 from functools import lru_cache
@@ -35,18 +35,25 @@ _TILE_BYTES = 16384
 
 
 @triton.jit
-def to_logits(scores, scale, softcap, CAP: tl.constexpr):
-    """Scale and cap the scores; result in base 2."""
+def exponent_unit(scale, CAP: tl.constexpr):
+    """What scores, m and sinks in their unit are multiplied by to become powers of two.
+
+    Scores stay q·k until the maximum is subtracted, unless they are capped: scaling first would round them
+    where they are large.
+    """
+    return LOG2E if CAP else scale * LOG2E
+
+
+@triton.jit
+def cap(scores, scale, softcap, CAP: tl.constexpr):
+    """softcap · tanh(scale · scores / softcap), where there is a cap."""
     if CAP:
-        x = scores * (scale / softcap)
-        scores = (1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))) * softcap * LOG2E
-    else:
-        scores = scores * (scale * LOG2E)
+        scores = (1.0 - 2.0 / (1.0 + tl.exp(scores * (2.0 * scale / softcap)))) * softcap
     return scores
 
 
 @triton.jit
-def softmax_step(scores, seen, m, l):
+def softmax_step(scores, seen, m, l, unit):
     """Running softmax: weights of this tile, the factor for what was accumulated, and the new m and l.
 
     scores, seen [M, N]; m, l [M]. A row that has seen nothing keeps m = -inf, l = 0.
@@ -54,8 +61,8 @@ def softmax_step(scores, seen, m, l):
     scores = tl.where(seen, scores, float("-inf"))
     m_new = tl.maximum(m, tl.max(scores, 1))
     top = tl.where(m_new == float("-inf"), 0.0, m_new)
-    weights = tl.exp2(scores - top[:, None])
-    alpha = tl.exp2(m - top)
+    weights = tl.exp2((scores - top[:, None]) * unit)
+    alpha = tl.exp2((m - top) * unit)
     return weights, alpha, m_new, l * alpha + tl.sum(weights, 1)
 
 
@@ -89,6 +96,7 @@ def attend_pages(
 
     pages: pointer to the kv head's block in page 0; table: pointer to the request's block table.
     """
+    unit = exponent_unit(scale, CAP)
     for tile in range(first, last):
         start = tile * N
         page = tl.load(table + start // P).to(tl.int64)
@@ -107,7 +115,7 @@ def attend_pages(
             seen = seen & (position[None, :] > t[:, None] - window)
         if RECENT > 0:
             seen = seen & (position[None, :] <= t[:, None] - RECENT)
-        weights, alpha, m, l = softmax_step(to_logits(scores, scale, softcap, CAP), seen, m, l)
+        weights, alpha, m, l = softmax_step(cap(scores, scale, softcap, CAP), seen, m, l, unit)
         v, v_factor = load_tile(
             block + VALUE_OFFSET, meta + KEY_META * P, row, valid, value_table, VALUE, DTYPE, DV, DVP, P
         )
@@ -131,6 +139,7 @@ def attend_raw(
     N: tl.constexpr,
 ):  # fmt: skip
     """The raw window of a request whose latest position there is `last_position`, for queries at t [M]."""
+    unit = exponent_unit(scale, CAP)
     for start in range(0, SINK + RECENT, N):
         slot = start + tl.arange(0, N)
         position = slot
@@ -148,7 +157,7 @@ def attend_raw(
         seen = valid[None, :] & ((position[None, :] < SINK) | (position[None, :] > t[:, None] - RECENT))
         if WINDOW:
             seen = seen & (position[None, :] > t[:, None] - window)
-        weights, alpha, m, l = softmax_step(to_logits(scores, scale, softcap, CAP), seen, m, l)
+        weights, alpha, m, l = softmax_step(cap(scores, scale, softcap, CAP), seen, m, l, unit)
         d = tl.arange(0, DVP)
         mask = valid[:, None] & (d < DV)[None, :]
         v = tl.load(raw_values + row[:, None] * DV + d[None, :], mask=mask, other=0.0)
@@ -224,8 +233,9 @@ def _decode_kernel(
 
 @triton.jit
 def _merge_kernel(
-    out, partial, partial2, stats, sinks, projection, out_stride, qjl_factor,
-    VALUE: tl.constexpr, ROTATED: tl.constexpr, HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr,
+    out, partial, partial2, stats, sinks, projection, out_stride, qjl_factor, scale,
+    VALUE: tl.constexpr, ROTATED: tl.constexpr, CAP: tl.constexpr,
+    HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr,
     QUERY_HEADS: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
@@ -236,14 +246,15 @@ def _merge_kernel(
     m = tl.load(stats + (row * PARTS + part) * 2, mask=part < PARTS, other=float("-inf"))
     l = tl.load(stats + (row * PARTS + part) * 2 + 1, mask=part < PARTS, other=0.0)
     top = tl.max(m, 0)
+    unit = exponent_unit(scale, CAP)
     if HAS_SINKS:
-        sink = tl.load(sinks + row % QUERY_HEADS).to(tl.float32) * LOG2E
+        sink = tl.load(sinks + row % QUERY_HEADS).to(tl.float32) * (LOG2E / unit)
         top = tl.maximum(top, sink)
     top = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp2(m - top)
+    weight = tl.exp2((m - top) * unit)
     total = tl.sum(weight * l, 0)
     if HAS_SINKS:
-        total += tl.exp2(sink - top)
+        total += tl.exp2((sink - top) * unit)
     source = (row * PARTS + part)[:, None] * DV + d[None, :]
     mask = (weight > 0)[:, None] & (d < DV)[None, :]
     x = tl.load(partial + source, mask=mask & (part < SPLITS)[:, None], other=0.0)
@@ -258,7 +269,9 @@ def _merge_kernel(
     if HAS_RAW:
         raw_m = tl.load(stats + (row * PARTS + SPLITS) * 2)
         mask = d < tl.where(raw_m > float("-inf"), DV, 0)
-        x += tl.load(partial + (row * PARTS + SPLITS) * DV + d, mask=mask, other=0.0) * tl.exp2(raw_m - top)
+        x += tl.load(partial + (row * PARTS + SPLITS) * DV + d, mask=mask, other=0.0) * tl.exp2(
+            (raw_m - top) * unit
+        )
     x = x / tl.where(total == 0, 1.0, total)
     tl.store(out + row * out_stride + d, x.to(out.dtype.element_ty), mask=d < DV)
 
@@ -376,10 +389,11 @@ def paged_decode(
     )  # fmt: skip
     _merge_kernel[(requests * query_heads,)](
         out, partial, partial2, stats, stats if sinks is None else sinks,
-        value_projection(layout.value, value_dim, device), out.stride(1), qjl_scale(value_dim),
-        VALUE=layout.value.scheme, ROTATED=layout.value.rotated, HAS_RAW=raw is not None,
-        HAS_SINKS=sinks is not None, QUERY_HEADS=query_heads, SPLITS=splits, PARTS=parts,
-        PP=triton.next_power_of_2(parts), DV=value_dim, DVP=triton.next_power_of_2(value_dim),
+        value_projection(layout.value, value_dim, device), out.stride(1), qjl_scale(value_dim), scale,
+        VALUE=layout.value.scheme, ROTATED=layout.value.rotated, CAP=softcap > 0,
+        HAS_RAW=raw is not None, HAS_SINKS=sinks is not None, QUERY_HEADS=query_heads,
+        SPLITS=splits, PARTS=parts, PP=triton.next_power_of_2(parts),
+        DV=value_dim, DVP=triton.next_power_of_2(value_dim),
         num_warps=8 if layout.value.scheme == "qjl" else 2,
     )  # fmt: skip
     return out

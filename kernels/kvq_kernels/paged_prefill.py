@@ -18,12 +18,13 @@ from kvq_kernels.paged_decode import (
     LOG2E,
     attend_pages,
     attend_raw,
+    cap,
+    exponent_unit,
     has_products,
     key_matrices,
     load_query,
     softmax_step,
     tile_tokens,
-    to_logits,
 )
 from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
 
@@ -43,7 +44,7 @@ def _history_kernel(
     DTYPE: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """BT tokens of one chunk and one kv head a program, over the pages: normalised output, log2 of sum."""
+    """BT tokens of one chunk and one kv head a program, over the pages: sums, and m and l of the softmax."""
     block, head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(cu_chunk_lens + chunk)
     length = tl.load(cu_chunk_lens + chunk + 1) - begin
@@ -79,15 +80,14 @@ def _history_kernel(
             KEY, VALUE, KEY_META, VALUE_OFFSET, META_OFFSET, page_stride,
             WINDOW, CAP, SINK, RECENT, DTYPE, DK, DKP, DV, DVP, P, N,
         )  # fmt: skip
-        empty = l == 0
-        share = 1.0 / tl.where(empty, 1.0, l)
         to = at * QUERY_HEADS + query_head
-        tl.store(stats + to, tl.where(empty, float("-inf"), m + tl.log2(tl.where(empty, 1.0, l))), mask=real)
+        tl.store(stats + to * 2, m, mask=real)
+        tl.store(stats + to * 2 + 1, l, mask=real)
         d = tl.arange(0, DVP)
         mask = real[:, None] & (d < DV)[None, :]
-        tl.store(out + to[:, None] * DV + d[None, :], acc * share[:, None], mask=mask)
+        tl.store(out + to[:, None] * DV + d[None, :], acc, mask=mask)
         if VALUE == "qjl":
-            tl.store(out2 + to[:, None] * DV + d[None, :], acc2 * share[:, None], mask=mask)
+            tl.store(out2 + to[:, None] * DV + d[None, :], acc2, mask=mask)
 
 
 @triton.jit
@@ -125,8 +125,8 @@ def _fresh_kernel(
         if HAS_HISTORY:
             history = tl.load(history_lens + chunk)
             if history > 0:
-                m = tl.load(stats + to, mask=real, other=float("-inf"))
-                l = tl.where(m == float("-inf"), 0.0, 1.0)
+                m = tl.load(stats + to * 2, mask=real, other=float("-inf"))
+                l = tl.load(stats + to * 2 + 1, mask=real, other=0.0)
                 acc = tl.load(earlier + to[:, None] * DV + d[None, :], mask=real_values, other=0.0)
                 if HAS_RAW:
                     ring = tl.load(rings + chunk).to(tl.int64)
@@ -135,6 +135,7 @@ def _fresh_kernel(
                         raw_keys, raw_values, ring, head, scale, softcap, window,
                         HEADS, WINDOW, CAP, SINK, RECENT, DTYPE, DK, DKP, DV, DVP, N,
                     )  # fmt: skip
+        unit = exponent_unit(scale, CAP)
         stop = tl.minimum(block * BT + BT, length)
         start = 0
         if WINDOW:
@@ -151,17 +152,18 @@ def _fresh_kernel(
             seen = j[None, :] <= token[:, None]
             if WINDOW:
                 seen = seen & (j[None, :] > token[:, None] - window)
-            weights, alpha, m, l = softmax_step(to_logits(scores, scale, softcap, CAP), seen, m, l)
+            weights, alpha, m, l = softmax_step(cap(scores, scale, softcap, CAP), seen, m, l, unit)
             v = tl.load(
                 value + source[:, None] * value_stride + head * value_head_stride + d[None, :],
                 mask=(j < length)[:, None] & (d < DV)[None, :], other=0.0,
             )  # fmt: skip
             acc = tl.dot(weights.to(DTYPE), v, acc * alpha[:, None], input_precision="ieee")
         if HAS_SINKS:
-            sink = tl.load(sinks + query_head, mask=real, other=0.0).to(tl.float32) * LOG2E
+            sink = tl.load(sinks + query_head, mask=real, other=0.0).to(tl.float32) * (LOG2E / unit)
             m_new = tl.maximum(m, sink)
-            acc = acc * tl.exp2(m - m_new)[:, None]
-            l = l * tl.exp2(m - m_new) + tl.exp2(sink - m_new)
+            alpha = tl.exp2((m - m_new) * unit)
+            acc = acc * alpha[:, None]
+            l = l * alpha + tl.exp2((sink - m_new) * unit)
         acc = acc / tl.where(l == 0, 1.0, l)[:, None]
         tl.store(out + to[:, None] * DV + d[None, :], acc.to(DTYPE), mask=real_values)
 
@@ -218,7 +220,7 @@ def paged_prefill(
     if max_history:
         earlier = torch.empty(tokens, query_heads, value_dim, dtype=torch.float32, device=device)
         signs = torch.empty_like(earlier) if layout.value.scheme == "qjl" else earlier
-        stats = torch.empty(tokens, query_heads, dtype=torch.float32, device=device)
+        stats = torch.empty(tokens, query_heads, 2, dtype=torch.float32, device=device)
         matrix, matrix2 = key_matrices(layout.key, key_dim, query.dtype, device)
         _history_kernel[grid](
             query, pages, block_tables, cu_chunk_lens, history_lens, matrix, matrix2,

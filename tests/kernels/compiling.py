@@ -36,7 +36,7 @@ class Launch:
     attributes: dict[tuple[int, ...], list]
     options: dict[str, int]
 
-    def compile(self, capability: int):  # noqa: ANN201
+    def compile(self, capability: int):
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
 

@@ -5,6 +5,7 @@ freed behind a sliding window: what kernels and twins are tested on.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -51,6 +52,10 @@ class Case:
         ]
         parts = [f"{self.key}.{self.value}", f"D{dims}", f"H{self.kv_heads}x{self.group}", f"L{lens}"]
         return "-".join(parts + [extra for extra in extras if extra])
+
+    def with_chunks(self, chunks: tuple[int, ...]) -> "Case":
+        """The same case as a prefill of `chunks` after the contexts."""
+        return replace(self, chunks=chunks)
 
 
 @dataclass
@@ -139,49 +144,120 @@ def build(case: Case, store, store_raw) -> Problem:
     )  # fmt: skip
 
 
-def read_back(codec: BaseCodec, x: Tensor, like: torch.dtype) -> Tensor:
-    """x [T, H, D] as the codec stores it from dtype `like`, decoded in float64, in the model's basis."""
-    if codec.name == "none":
-        return x.double()
-    work = x.double() if like == torch.float64 else x.float()
-    codes, meta = codec.encode(hadamard(work) if codec.rotated else work)
-    decoded = codec.decode(codes, meta, x.shape[-1], torch.float64)
-    return hadamard(decoded) if codec.rotated else decoded
+def read_back(problem: Problem, request: int) -> tuple[Tensor, Tensor]:
+    """The bytes of a request's tokens, decoded in float64, in the stored basis: K and V [T, Hkv, D]."""
+    layout = problem.layout
+    before = sum(len(k) for k in problem.keys[:request])
+    slots = problem.slots[before : before + len(problem.keys[request])]
+    page, row = slots // layout.page_size, slots % layout.page_size
+    blocks = problem.pages[page]
+    meta = blocks[..., layout.meta_offset :].contiguous().view(torch.float16)
+    meta = meta.view(len(slots), layout.num_kv_heads, layout.num_meta, layout.page_size)
+    meta = meta[torch.arange(len(slots), device=row.device), ..., row]
+
+    def part(codec: BaseCodec, start: int, width: int, meta: Tensor, head_dim: int) -> Tensor:
+        offset = start + row[:, None] * width + torch.arange(width, device=row.device)
+        codes = blocks.gather(2, offset[:, None].expand(-1, layout.num_kv_heads, -1))
+        if codec.name == "none":
+            return codec.decode(codes, meta, head_dim, layout.dtype).double()
+        return codec.decode(codes, meta, head_dim, torch.float64)
+
+    count = layout.key.num_meta
+    return (
+        part(layout.key, 0, layout.key_code_bytes, meta[..., :count], layout.key_dim),
+        part(layout.value, layout.value_offset, layout.value_code_bytes, meta[..., count:], layout.value_dim),
+    )
 
 
 def truth(problem: Problem) -> Tensor:
-    """What decode or prefill must give, in float64: [B, Hq, Dv] or [T, Hq, Dv]."""
+    """What decode or prefill must give from the bytes in the pages, float64 [B, Hq, Dv] or [T, Hq, Dv]."""
+
+    def in_model_basis(codec: BaseCodec, x: Tensor) -> Tensor:
+        return hadamard(x) if codec.rotated else x
+
+    def attend(q: Tensor, key: Tensor, value: Tensor, coded_key: Tensor, coded_value: Tensor, plain: Tensor):
+        k = torch.where(plain[:, None, None], key, in_model_basis(problem.layout.key, coded_key))
+        v = torch.where(plain[:, None, None], value, in_model_basis(problem.layout.value, coded_value))
+        weights = _weights(problem, (q @ k.permute(1, 2, 0)), torch.float64)
+        return weights @ v.transpose(0, 1)
+
+    return _each_query(problem, torch.float64, attend)
+
+
+def same_dtype_torch(problem: Problem) -> Tensor:
+    """What plain torch makes of it in the model's dtype, everything rounded to that, in the stored basis."""
+    dtype = problem.case.dtype
+
+    def rotate(codec: BaseCodec, x: Tensor) -> Tensor:
+        return hadamard(x) if codec.rotated else x
+
+    def attend(q: Tensor, key: Tensor, value: Tensor, coded_key: Tensor, coded_value: Tensor, plain: Tensor):
+        coded_key, coded_value = coded_key.nan_to_num().to(dtype), coded_value.nan_to_num().to(dtype)
+        scores = torch.where(
+            plain,
+            q @ key.to(dtype).permute(1, 2, 0),
+            rotate(problem.layout.key, q) @ coded_key.permute(1, 2, 0),
+        )
+        weights = _weights(problem, scores, dtype)
+        out = (weights * ~plain) @ coded_value.transpose(0, 1)
+        return rotate(problem.layout.value, out) + (weights * plain) @ value.to(dtype).transpose(0, 1)
+
+    return _each_query(problem, dtype, attend)
+
+
+def _weights(problem: Problem, scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """scores [Hkv, G, S], unscaled -> weights [Hkv, G, S]."""
+    scores = scores * problem.scale
+    if problem.case.softcap:
+        scores = problem.case.softcap * torch.tanh(scores / problem.case.softcap)
+    if problem.sinks is not None:
+        sinks = problem.sinks.to(dtype).view(problem.case.kv_heads, -1, 1)
+        scores = torch.cat((scores, sinks), -1)
+    weights = scores.to(torch.float64 if dtype == torch.float64 else torch.float32).softmax(-1)
+    return weights.to(dtype)[..., :-1] if problem.sinks is not None else weights.to(dtype)
+
+
+def _each_query(problem: Problem, dtype: torch.dtype, attend: Callable[..., Tensor]) -> Tensor:
+    """`attend` for every query over the tokens that it sees, by the rule; `plain` ones unquantized."""
     case = problem.case
-    rows = []
+    rows: list[Tensor] = []
     for request, total in enumerate(len(k) for k in problem.keys):
-        key, value = problem.keys[request], problem.values[request]
-        coded_key = read_back(problem.layout.key, key, case.dtype)
-        coded_value = read_back(problem.layout.value, value, case.dtype)
+        sources = [
+            problem.keys[request].double(),
+            problem.values[request].double(),
+            *read_back(problem, request),
+        ]
         start = case.contexts[request] if case.chunks else max(total - 1, 0)
         for t in range(start, total):
-            row = len(rows)
-            position = torch.arange(t + 1, device=key.device)
+            position = torch.arange(t + 1, device=problem.query.device)
             plain = (position < case.sink) | (position > t - case.recent)
             if case.chunks:
                 plain |= position >= start
             seen = position > t - case.window if case.window else torch.ones_like(plain)
-            k = torch.where(plain[:, None, None], key[: t + 1].double(), coded_key[: t + 1])
-            v = torch.where(plain[:, None, None], value[: t + 1].double(), coded_value[: t + 1])
-            heads = []
-            for head in range(case.kv_heads * case.group):
-                kv_head = head // case.group
-                scores = k[:, kv_head] @ problem.query[row, head].double() * problem.scale
-                if case.softcap:
-                    scores = case.softcap * torch.tanh(scores / case.softcap)
-                scores = scores.masked_fill(~seen, -math.inf)
-                if problem.sinks is not None:
-                    scores = torch.cat((scores, problem.sinks[head].double()[None]))
-                weights = scores.softmax(0)[: t + 1]
-                heads.append(weights @ v[:, kv_head])
-            rows.append(torch.stack(heads))
+            q = problem.query[len(rows)].to(dtype).unflatten(0, (case.kv_heads, -1))
+            out = attend(q, *(x[: t + 1][seen] for x in sources), plain[seen])
+            rows.append(out.flatten(0, 1))
         if total == 0 and not case.chunks:
-            rows.append(torch.zeros(case.kv_heads * case.group, case.value_dim, device=key.device).double())
+            rows.append(problem.query.new_zeros(problem.query.shape[1], case.value_dim, dtype=dtype))
     return torch.stack(rows)
+
+
+def check(result: Tensor, problem: Problem) -> None:
+    """The error is at most twice that of torch in the same dtype; no single element is far off.
+
+    Errors are root mean squares over the result (a maximum over few numbers is a matter of luck), floored by
+    what rounding the result costs.
+    """
+    expected = truth(problem)
+    assert result.shape == expected.shape and result.dtype == problem.case.dtype
+    assert result.isfinite().all(), "NaN or infinity"
+    error = (result.double() - expected).abs()
+    allowed = (same_dtype_torch(problem).double() - expected).abs()
+    rounding = torch.finfo(result.dtype).eps / 4 * expected.square().mean().sqrt()
+    ours, torchs = error.square().mean().sqrt(), torch.maximum(allowed.square().mean().sqrt(), rounding)
+    assert ours <= 2 * torchs, f"error {ours:.3g}, torch has {torchs:.3g}"
+    worst = torch.maximum(allowed.max(), torch.finfo(result.dtype).eps / 2 * expected.abs().max())
+    assert error.max() <= 4 * worst, f"one element is off by {error.max():.3g}, torch's worst by {worst:.3g}"
 
 
 def decode(problem: Problem, paged_decode, **changes) -> Tensor:
@@ -203,6 +279,3 @@ def prefill(problem: Problem, paged_prefill) -> Tensor:
         problem.tables, bounds, histories, problem.layout, max_chunk=max(case.chunks),
         max_history=max(case.contexts), **problem.options,
     )  # fmt: skip
-
-
-__all__ = ["Case", "Problem", "build", "decode", "prefill", "read_back", "replace", "truth"]

@@ -1,0 +1,79 @@
+"""Every kernel compiles for every architecture, without a GPU, and stays within its resources."""
+
+import os
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from tests.kernels.naive import Case, build, decode, prefill
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("a process that interprets kernels can't compile them", allow_module_level=True)
+
+from kvq_kernels import paged_decode, paged_prefill, quantize_store, reference
+from tests.kernels.compiling import SHARED_LIMIT, recording, resources
+
+FULL = {"window": 100, "softcap": 5.0, "sinks": True, "sink": 4, "recent": 20}
+CASES = {
+    "turbo-D128": (Case("turbo", "lm2", key_dim=128, value_dim=128), (75, 80, 86, 89, 90)),
+    "int-D128": (Case("int8", "int4", key_dim=128, value_dim=128), (75, 80, 86, 89, 90)),
+    "none-D128": (Case("none", "none", key_dim=128, value_dim=128, **FULL), (75, 90)),
+    "fp8-D64": (Case("fp8", "fp8", **FULL), (75, 86, 90)),
+    "turbo-raw-D64": (Case("turbo", "lm2", **FULL), (86, 90)),
+    "lm-D256": (Case("lm3", "lm4", key_dim=256, value_dim=256), (80, 90)),
+    "padded-D96x80": (Case("int4", "fp8", key_dim=96, value_dim=80), (75, 90)),
+    "qjl-D64": (Case("qjl", "qjl"), (75, 90)),
+    "float32-D128": (Case("turbo", "int8", key_dim=128, value_dim=128), (86, 90)),
+}
+
+
+def fits(dtype: torch.dtype, device: torch.device, *, capability: int) -> bool:
+    return dtype != torch.float32 and capability >= 80
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [(name, capability) for name, (_, capabilities) in CASES.items() for capability in capabilities],
+)
+def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (paged_decode, paged_prefill):
+        monkeypatch.setattr(module, "has_products", partial(fits, capability=capability))
+    dtype = torch.bfloat16 if capability >= 80 else torch.float16
+    if name.startswith("float32"):
+        dtype = torch.float32
+    case = replace(
+        CASES[name][0],
+        contexts=(200,),
+        page_size=64,
+        dtype=dtype,
+        kv_heads=4,
+        group=7 if "D64" in name else 8,
+    )
+    problem = build(case, reference.store, reference.store_raw)
+    chunked = build(replace(case, chunks=(40,)), reference.store, reference.store_raw)
+    with recording(quantize_store, paged_decode, paged_prefill) as launches:
+        for tokens in (1, 200) if "raw" in name else (200,):
+            slots = problem.slots[:tokens]
+            quantize_store.store(
+                problem.keys[0][:tokens], problem.values[0][:tokens], problem.pages, slots, problem.layout
+            )
+        if problem.raw is not None:
+            ring = torch.zeros(1, dtype=torch.int32)
+            quantize_store.store_raw(
+                problem.keys[0][:1], problem.values[0][:1], ring.long(), ring, problem.raw
+            )
+        decode(problem, paged_decode.paged_decode, splits=4)
+        prefill(chunked, paged_prefill.paged_prefill)
+    assert {launch.name for launch in launches} >= {
+        "_store_kernel", "_decode_kernel", "_merge_kernel", "_history_kernel", "_fresh_kernel",
+    }  # fmt: skip
+    for launch in launches:
+        compiled = launch.compile(capability)
+        assert compiled.metadata.shared <= SHARED_LIMIT[capability] * 1024, launch.name
+        used = resources(compiled.asm["cubin"])
+        fast = capability >= 80 and dtype != torch.float32 and name in ("turbo-D128", "int-D128", "none-D128")
+        if used and fast and launch.name in ("_store_kernel", "_decode_kernel", "_merge_kernel"):
+            assert used["STACK"] == used["LOCAL"] == 0, f"{launch.name} spills: {used}"

@@ -1,0 +1,201 @@
+"""The full product of cases on a GPU, bf16 included; graphs; sizes that only a GPU is fast enough for."""
+
+import itertools
+
+import pytest
+import torch
+
+from kvq_core.codecs import get_codec
+from kvq_core.policies import CODEC_NAMES
+from kvq_kernels import dispatch, hadamard, reference
+from kvq_kernels.layout import PageLayout, RawWindow
+from tests.kernels.naive import Case, build, check, decode, prefill
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytestmark = pytest.mark.gpu
+
+CODECS = (
+    "none:none", "int8:int8", "int4:int4", "fp8:fp8", "turbo:lm2", "lm4:lm2", "lm4:lm4", "lm3:lm3",
+    "int8:int4", "turbo-rms:lm2-plain", "qjl:qjl",
+)  # fmt: skip
+CONTEXTS = (1, 63, 64, 65, 1000, 0, 500)
+FEATURES = {
+    "plain": {},
+    "window": {"window": 50},
+    "all": {"window": 200, "softcap": 3.0, "sinks": True, "sink": 4, "recent": 20},
+}
+WIDE = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def poison(device: str = "cuda") -> None:
+    """Fill the allocator's free blocks with NaN, so that `torch.empty` hands out NaN."""
+    for elements in (1 << 10, 1 << 14, 1 << 18, 1 << 22):
+        blocks = [torch.full((elements,), float("nan"), device=device) for _ in range(8)]
+        del blocks
+
+
+def case_of(codecs: str, head_dim: int, group: int, feature: str, dtype: torch.dtype, **more: object) -> Case:
+    key, value = codecs.split(":")
+    options = FEATURES[feature] | more
+    return Case(
+        key, value, key_dim=head_dim, value_dim=head_dim, group=group, dtype=dtype, page_size=64,
+        device="cuda", **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def run(case: Case, splits: int | None = None) -> None:
+    poison()
+    problem = build(case, dispatch.store, dispatch.store_raw)
+    if case.chunks:
+        check(prefill(problem, dispatch.paged_prefill), problem)
+    else:
+        changes = {} if splits is None else {"splits": splits}
+        from kvq_kernels.paged_decode import paged_decode
+
+        check(decode(problem, paged_decode, **changes), problem)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("codecs", CODECS)
+def test_decode(codecs: str, head_dim: int, group: int, feature: str) -> None:
+    run(case_of(codecs, head_dim, group, feature, WIDE, contexts=CONTEXTS))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("codecs", CODECS)
+def test_prefill(codecs: str, head_dim: int, group: int, feature: str) -> None:
+    chunks = (1, 30, 64, 100, 17, 40, 3)
+    run(case_of(codecs, head_dim, group, feature, WIDE, contexts=CONTEXTS, chunks=chunks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("codecs", CODECS)
+def test_other_dtypes(codecs: str, head_dim: int, dtype: torch.dtype) -> None:
+    run(case_of(codecs, head_dim, 4, "all", dtype, contexts=CONTEXTS))
+    run(case_of(codecs, head_dim, 4, "plain", dtype, contexts=(130, 0, 5), chunks=(20, 70, 1)))
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 192])
+@pytest.mark.parametrize("codecs", ["none:none", "int8:int4", "fp8:int8"])
+def test_padded_head_dims(codecs: str, head_dim: int) -> None:
+    run(case_of(codecs, head_dim, 4, "all", WIDE, contexts=CONTEXTS))
+    run(case_of(codecs, head_dim, 4, "all", WIDE, contexts=(130, 0, 5), chunks=(20, 70, 1)))
+
+
+@pytest.mark.parametrize("codecs", ["none:none", "turbo:lm2"])
+@pytest.mark.parametrize("splits", [1, 2, 7, 64])
+def test_split_counts(codecs: str, splits: int) -> None:
+    run(case_of(codecs, 128, 8, "all", WIDE, contexts=CONTEXTS), splits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", CODEC_NAMES)
+@pytest.mark.parametrize("tokens", [7, 600])
+def test_store(name: str, head_dim: int, dtype: torch.dtype, tokens: int) -> None:
+    """The twin's bytes on the CPU; codes at a threshold may fall to the neighbour."""
+    codec = get_codec(name)
+    layout = PageLayout(codec, codec, 64, 2, head_dim, head_dim, dtype)
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(tokens, 4 * head_dim, generator=generator).to(dtype)
+    packed[3] = 0
+    slots = torch.randperm(64 * 20, generator=generator)[:tokens] + 64
+    results = []
+    for device in ("cpu", "cuda"):
+        key, value = (x.unflatten(1, (2, -1)) for x in packed.to(device).split(2 * head_dim, 1))
+        pages = layout.empty_pages(21, device).fill_(0xAB)
+        dispatch.store(key, value, pages, slots.to(device), layout)
+        results.append(pages.cpu())
+    different = (results[0] != results[1]).sum().item()
+    assert different <= (0 if not codec.rotated else tokens * layout.bytes_per_token_head // 100), different
+
+
+def test_decode_in_a_graph_follows_the_context() -> None:
+    """A captured launch reads lengths and tables on the device: replayed with others it follows them."""
+    case = case_of("turbo:lm2", 128, 8, "all", WIDE, contexts=(1000, 700, 64))
+    problem = build(case, dispatch.store, dispatch.store_raw)
+    lens = torch.tensor(case.contexts, dtype=torch.int32, device="cuda")
+
+    def step() -> torch.Tensor:
+        return dispatch.paged_decode(
+            problem.query, problem.pages, problem.tables, lens, problem.layout, max_context=1024,
+            **problem.options,
+        )  # fmt: skip
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    check(out, problem)
+    lens.copy_(torch.tensor([1000, 0, 64], dtype=torch.int32))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out[1], torch.zeros_like(out[1])), "a padding row gives zeros"
+    assert out[[0, 2]].isfinite().all()
+
+
+def test_results_repeat_to_the_bit() -> None:
+    case = case_of("turbo:lm2", 128, 8, "plain", WIDE, contexts=(3000, 17))
+    problem = build(case, dispatch.store, dispatch.store_raw)
+    assert torch.equal(decode(problem, dispatch.paged_decode), decode(problem, dispatch.paged_decode))
+
+
+@pytest.mark.parametrize(("sink", "recent"), list(itertools.product([0, 3], [0, 5]))[1:])
+def test_store_raw(sink: int, recent: int) -> None:
+    windows = []
+    key, value = torch.randn(13, 2, 64), torch.randn(13, 2, 96)
+    position = torch.arange(13)
+    keep = (position < sink) | (position >= 13 - recent)
+    for device in ("cpu", "cuda"):
+        shape = (3, sink + recent, 2)
+        raw = RawWindow(
+            sink, recent, torch.zeros(*shape, 64, device=device), torch.zeros(*shape, 96, device=device)
+        )
+        ring = torch.ones(13, dtype=torch.int32, device=device)
+        tensors = (x.to(device) for x in (key, value, position))
+        dispatch.store_raw(*tensors, ring, raw, keep.to(device))
+        windows.append(raw)
+    assert torch.equal(windows[0].keys, windows[1].keys.cpu())
+    assert torch.equal(windows[0].values, windows[1].values.cpu())
+
+
+def test_pages_beyond_four_gigabytes() -> None:
+    """Offsets are 64-bit: the last page of a large cache reads and writes like the first."""
+    layout = PageLayout(get_codec("int8"), get_codec("int8"), 64, 8, 128, 128, WIDE)
+    count = (5 << 30) // layout.page_bytes
+    if torch.cuda.mem_get_info()[0] < (7 << 30):
+        pytest.skip("needs 7 GB of free GPU memory")
+    pages = layout.empty_pages(count, "cuda")
+    key = torch.randn(64, 8, 128, device="cuda", dtype=WIDE)
+    query = torch.randn(2, 32, 128, device="cuda", dtype=WIDE)
+    for page in (1, count - 1):
+        dispatch.store(key, key, pages, torch.arange(64, device="cuda") + page * 64, layout)
+    tables = torch.tensor([[1], [count - 1]], dtype=torch.int32, device="cuda")
+    lens = torch.tensor([64, 64], dtype=torch.int32, device="cuda")
+    query[1] = query[0]
+    out = dispatch.paged_decode(query, pages, tables, lens, layout, scale=0.1)
+    assert torch.equal(out[0], out[1]) and out.abs().sum() > 0
+
+
+def test_twin_on_the_gpu_agrees() -> None:
+    """float64 goes to the twin on any device."""
+    case = Case("turbo", "lm2", contexts=(70, 3), device="cuda", sinks=True, sink=1, recent=2)
+    problem = build(case, dispatch.store, dispatch.store_raw)
+    check(decode(problem, dispatch.paged_decode), problem)
+    assert torch.equal(decode(problem, dispatch.paged_decode), decode(problem, reference.paged_decode))
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_hadamard(size: int) -> None:
+    x = torch.randn(1000, size, device="cuda")
+    expected = x.double() @ hadamard.hadamard_matrix(size, torch.float64, x.device)
+    torch.testing.assert_close(hadamard.hadamard(x).double(), expected, rtol=0, atol=5e-6)
+    assert hadamard.hadamard_backend("cuda") in ("built-in", "fast_hadamard_transform")

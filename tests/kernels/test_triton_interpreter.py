@@ -1,0 +1,191 @@
+"""The plain Triton kernels in Triton's interpreter, on a CPU, in a process of their own.
+
+A process with TRITON_INTERPRET set can compile nothing, so this file runs itself: without the variable it
+holds one test for each half of the cases, which starts pytest on this file again with the variable set.
+The interpreter knows no bf16 products: bf16 is tested on a GPU.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.naive import Case, build, check, decode, prefill
+from tests.kernels.pairwise import pairwise
+
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+PARTS = ("store", "decode", "prefill")
+
+pytest.importorskip("triton")
+
+if not INSIDE:
+
+    @pytest.mark.interpreter
+    @pytest.mark.parametrize("part", PARTS)
+    def test_in_interpreter(part: str) -> None:
+        root = Path(__file__).parents[2]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", __file__, "-k", part]
+        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        env.pop("PYTEST_ADDOPTS", None)
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+else:
+    from kvq_core.codecs import get_codec
+    from kvq_core.policies import CODEC_NAMES
+    from kvq_kernels import paged_decode, paged_prefill, quantize_store, reference
+    from kvq_kernels.bits import encode_table
+    from kvq_kernels.layout import EncoderOptions, PageLayout, RawWindow
+
+    CODECS = (
+        "none:none", "int8:int8", "int4:int4", "fp8:fp8", "turbo:lm2", "lm4:lm2", "lm3:lm4", "int8:lm3",
+        "qjl:lm2-plain", "turbo-rms:qjl", "fp8:turbo",
+    )  # fmt: skip
+    WINDOWS = ({}, {"window": 1}, {"window": 50}, {"window": 64, "softcap": 3.0})
+    RAW = ({}, {}, {"sink": 4}, {"recent": 9}, {"sink": 2, "recent": 70})
+
+    def label(axes: dict) -> str:
+        return str(case_of(axes))
+
+    def case_of(axes: dict) -> Case:
+        key, value = axes["codecs"].split(":")
+        return Case(
+            key, value, key_dim=axes["head_dim"], value_dim=axes["head_dim"], group=axes["group"], kv_heads=1,
+            dtype=axes["dtype"], sinks=axes["sinks"], page_size=axes["page_size"],
+            contexts=axes.get("contexts", ()), chunks=axes.get("chunks", ()), **axes["window"], **axes["raw"],
+        )  # fmt: skip
+
+    SHARED_AXES = {
+        "codecs": CODECS,
+        "head_dim": (64, 128, 256),
+        "group": (1, 2, 3, 4, 5, 8),
+        "window": WINDOWS,
+        "raw": RAW,
+        "dtype": (torch.float16, torch.float32),
+        "sinks": (False, True),
+        "page_size": (64, 16),
+    }
+    DECODE = pairwise(
+        SHARED_AXES
+        | {
+            "contexts": ((1,), (63, 1), (64, 0), (65,), (1000,), (5, 129)),
+            "splits": (1, 2, 3, None),
+        }
+    )
+    PREFILL = pairwise(
+        SHARED_AXES
+        | {
+            "contexts": ((0, 0), (64, 0), (63, 1), (130, 65)),
+            "chunks": ((1, 20), (17, 1), (64, 33)),
+        }
+    )
+
+    @pytest.mark.parametrize("axes", DECODE, ids=label)
+    def test_decode(axes: dict) -> None:
+        problem = build(case_of(axes), reference.store, reference.store_raw)
+        check(decode(problem, paged_decode.paged_decode, splits=axes["splits"]), problem)
+
+    @pytest.mark.parametrize("axes", PREFILL, ids=label)
+    def test_prefill(axes: dict) -> None:
+        problem = build(case_of(axes), reference.store, reference.store_raw)
+        check(prefill(problem, paged_prefill.paged_prefill), problem)
+
+    @pytest.mark.parametrize("head_dim", [80, 96, 192])
+    @pytest.mark.parametrize("codecs", ["none:int8", "int4:fp8", "int8:none", "fp8:int4"])
+    def test_decode_and_prefill_of_padded_head_dims(codecs: str, head_dim: int) -> None:
+        key, value = codecs.split(":")
+        case = Case(
+            key,
+            value,
+            key_dim=head_dim,
+            value_dim=80,
+            contexts=(40, 3),
+            sink=1,
+            recent=2,
+            dtype=torch.float16,
+        )
+        problem = build(case, quantize_store.store, quantize_store.store_raw)
+        check(decode(problem, paged_decode.paged_decode), problem)
+        problem = build(case.with_chunks((5, 9)), quantize_store.store, quantize_store.store_raw)
+        check(prefill(problem, paged_prefill.paged_prefill), problem)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("head_dim", [64, 128, 256])
+    @pytest.mark.parametrize("name", CODEC_NAMES)
+    def test_store(name: str, head_dim: int, dtype: torch.dtype) -> None:
+        """The twin's bytes, from strided views, at random slots; the odd code may fall to its neighbour."""
+        codec = get_codec(name)
+        layout = PageLayout(codec, get_codec("int4"), 16, 2, head_dim, 64, dtype)
+        packed = torch.randn(21, 2 * head_dim + 2 * 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+        packed[3] = 0
+        if not codec.rotated:  # rotated it is zeros with rounding errors, whose signs are arbitrary
+            packed[4] = packed[4, 0]
+        packed[5] *= 1e4 if dtype == torch.float16 else 1e9
+        packed[6] *= 1e-7
+        key, value = (
+            packed[:, : 2 * head_dim].unflatten(1, (2, -1)),
+            packed[:, 2 * head_dim :].unflatten(1, (2, -1)),
+        )
+        slots = torch.randperm(16 * 6, generator=torch.Generator().manual_seed(2))[:21] + 16
+        ours, twin = (layout.empty_pages(8, "cpu").fill_(0xAB) for _ in range(2))
+        quantize_store.store(key, value, ours, slots, layout)
+        reference.store(key, value, twin, slots, layout)
+        different = (ours != twin).sum().item()
+        assert different <= (0 if not codec.rotated else twin.numel() // 500), different
+
+    def test_store_writes_only_its_own_rows() -> None:
+        layout = PageLayout(get_codec("lm3"), get_codec("fp8"), 16, 2, 64, 96, torch.float32)
+        pages = layout.empty_pages(3, "cpu").fill_(0xAB)
+        quantize_store.store(torch.randn(1, 2, 64), torch.randn(1, 2, 96), pages, torch.tensor([20]), layout)
+        assert (pages[[0, 2]] == 0xAB).all()
+        changed = (pages[1] != 0xAB).sum(1)
+        assert (changed <= layout.bytes_per_token_head).all() and (changed > 100).all()
+
+    @pytest.mark.parametrize("residual", ["abs", "rms"])
+    @pytest.mark.parametrize("norm", ["plain", "corrected", "unbiased"])
+    @pytest.mark.parametrize("name", ["lm2", "turbo"])
+    def test_store_with_scale_candidates(name: str, norm: str, residual: str) -> None:
+        """Every way of choosing codes gives the twin's bytes."""
+        import copy
+
+        codec = copy.copy(get_codec(name))
+        codec.encoder = EncoderOptions(norm, residual, (1.0, 0.9, 1.1))
+        layout = PageLayout(codec, codec, 16, 1, 64, 64, torch.float32)
+        x = torch.randn(20, 1, 64, generator=torch.Generator().manual_seed(3))
+        ours, twin = (layout.empty_pages(3, "cpu") for _ in range(2))
+        slots = torch.arange(20) + 16
+        quantize_store.store(x, -x, ours, slots, layout)
+        reference.store(x, -x, twin, slots, layout)
+        assert (ours != twin).sum() <= twin.numel() // 500
+        assert encode_table(codec.scheme, codec.encoder.candidates, x.device).numel() > 8
+
+    def test_store_e4m3_is_torchs() -> None:
+        """Every fp16 number within range, scaled by exactly 1: the bytes are torch's own conversion."""
+        every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+        every = every[every.isfinite() & (every.abs() < 448)].float()
+        rows = torch.nn.functional.pad(every, (0, -len(every) % 255)).view(-1, 255)
+        rows = torch.cat((rows, torch.full((len(rows), 1), 448.0)), 1)[:, None]
+        layout = PageLayout(get_codec("fp8"), get_codec("fp8"), 64, 1, 256, 256, torch.float32)
+        pages = layout.empty_pages(1 + -(-len(rows) // 64), "cpu")
+        quantize_store.store(rows, rows, pages, torch.arange(len(rows)) + 64, layout)
+        codes = pages[1:, 0, : layout.value_offset].reshape(-1, 256)[: len(rows)]
+        assert torch.equal(codes, rows[:, 0].to(torch.float8_e4m3fn).view(torch.uint8))
+
+    @pytest.mark.parametrize(("sink", "recent"), [(2, 4), (0, 3), (5, 0)])
+    def test_store_raw(sink: int, recent: int) -> None:
+        shape = (3, sink + recent, 2)
+        ours, twin = (
+            RawWindow(sink, recent, torch.zeros(*shape, 64), torch.zeros(*shape, 96)) for _ in range(2)
+        )
+        key, value = torch.randn(2, 13, 64).transpose(0, 1), torch.randn(13, 2, 96)
+        position = torch.arange(13)
+        ring = torch.tensor(1, dtype=torch.int32).expand(13)
+        keep = (position < sink) | (position >= 13 - recent)
+        for write, raw in ((quantize_store.store_raw, ours), (reference.store_raw, twin)):
+            write(key, value, position, ring, raw, keep)
+            write(key[:1] + 1, value[:1], position[-1:] + 1, ring[:1], raw)
+        assert torch.equal(ours.keys, twin.keys) and torch.equal(ours.values, twin.values)
+        assert ours.keys.abs().sum() > 0
