@@ -168,20 +168,20 @@ def attend_raw(
 # --- kernels ------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts"])
 def _decode_kernel(
     query, pages, tables, context_lens, matrix, matrix2, key_table, value_table,
     raw_keys, raw_values, rings, partial, partial2, stats,
-    query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window,
+    query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window, splits, parts,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, HAS_RAW: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     DTYPE: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, MIN_TILES: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, MIN_TILES: tl.constexpr,
 ):  # fmt: skip
-    """One part of one request's sequence and one kv head a program; part SPLITS is the raw window."""
+    """One part of one request's sequence and one kv head a program; part `splits` is the raw window."""
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     g = tl.arange(0, GP)
     query_head = head * G + g
@@ -192,14 +192,14 @@ def _decode_kernel(
     l = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, DVP), tl.float32)
     acc2 = acc
-    if part < SPLITS:
+    if part < splits:
         low = SINK
         if WINDOW:
             low = tl.maximum(context - window, SINK)
         high = context - RECENT
         first = low // N
         last = tl.maximum(tl.cdiv(high, N), first)
-        share = tl.maximum(tl.cdiv(last - first, SPLITS), MIN_TILES)
+        share = tl.maximum(tl.cdiv(last - first, splits), MIN_TILES)
         first = first + part * share
         last = tl.minimum(first + share, last)
         if first < last:
@@ -221,7 +221,7 @@ def _decode_kernel(
             q, m, l, acc, t, context - 1, raw_keys, raw_values, ring, head, scale, softcap, window,
             HEADS, WINDOW, CAP, SINK, RECENT, DTYPE, DK, DKP, DV, DVP, N,
         )  # fmt: skip
-    out = (request * HEADS * G + query_head) * PARTS + part
+    out = (request * HEADS * G + query_head) * parts + part
     tl.store(stats + out * 2, m, mask=g < G)
     tl.store(stats + out * 2 + 1, l, mask=g < G)
     d = tl.arange(0, DVP)
@@ -231,20 +231,20 @@ def _decode_kernel(
         tl.store(partial2 + out[:, None] * DV + d[None, :], acc2, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "parts"])
 def _merge_kernel(
-    out, partial, partial2, stats, sinks, projection, out_stride, qjl_factor, scale,
+    out, partial, partial2, stats, sinks, projection, out_stride, qjl_factor, scale, splits, parts,
     VALUE: tl.constexpr, ROTATED: tl.constexpr, CAP: tl.constexpr,
     HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr,
-    QUERY_HEADS: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr,
+    QUERY_HEADS: tl.constexpr, PP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """One request and query head a program: weigh the parts, rotate back, divide."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PP)
     d = tl.arange(0, DVP)
-    m = tl.load(stats + (row * PARTS + part) * 2, mask=part < PARTS, other=float("-inf"))
-    l = tl.load(stats + (row * PARTS + part) * 2 + 1, mask=part < PARTS, other=0.0)
+    m = tl.load(stats + (row * parts + part) * 2, mask=part < parts, other=float("-inf"))
+    l = tl.load(stats + (row * parts + part) * 2 + 1, mask=part < parts, other=0.0)
     top = tl.max(m, 0)
     unit = exponent_unit(scale, CAP)
     if HAS_SINKS:
@@ -255,21 +255,21 @@ def _merge_kernel(
     total = tl.sum(weight * l, 0)
     if HAS_SINKS:
         total += tl.exp2((sink - top) * unit)
-    source = (row * PARTS + part)[:, None] * DV + d[None, :]
+    source = (row * parts + part)[:, None] * DV + d[None, :]
     mask = (weight > 0)[:, None] & (d < DV)[None, :]
-    x = tl.load(partial + source, mask=mask & (part < SPLITS)[:, None], other=0.0)
+    x = tl.load(partial + source, mask=mask & (part < splits)[:, None], other=0.0)
     x = tl.sum(x * weight[:, None], 0)
     if VALUE == "qjl":
-        x2 = tl.load(partial2 + source, mask=mask & (part < SPLITS)[:, None], other=0.0)
+        x2 = tl.load(partial2 + source, mask=mask & (part < splits)[:, None], other=0.0)
         x2 = tl.sum(x2 * weight[:, None], 0)
         s = tl.load(projection + d[:, None] * DV + d[None, :])
         x += tl.sum(s * x2[:, None], 0) * qjl_factor
     if ROTATED:
         x = tl.reshape(walsh(tl.reshape(x, (1, DV)), 1, DV), (DV,)) * (1.0 / DV**0.5)
     if HAS_RAW:
-        raw_m = tl.load(stats + (row * PARTS + SPLITS) * 2)
+        raw_m = tl.load(stats + (row * parts + splits) * 2)
         mask = d < tl.where(raw_m > float("-inf"), DV, 0)
-        x += tl.load(partial + (row * PARTS + SPLITS) * DV + d, mask=mask, other=0.0) * tl.exp2(
+        x += tl.load(partial + (row * parts + splits) * DV + d, mask=mask, other=0.0) * tl.exp2(
             (raw_m - top) * unit
         )
     x = x / tl.where(total == 0, 1.0, total)
@@ -377,22 +377,24 @@ def paged_decode(
         decode_table(layout.value.scheme, query.dtype, device),
         query if raw is None else raw.keys, query if raw is None else raw.values,
         context_lens if rings is None else rings, partial, partial2, stats,
-        query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
+        query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0),
+        scale, softcap, window, splits, parts,
         KEY=layout.key.scheme, VALUE=layout.value.scheme, ROTATED=layout.key.rotated,
         KEY_META=layout.key.num_meta, VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
         BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, HAS_RAW=raw is not None,
         SINK=0 if raw is None else raw.sink, RECENT=0 if raw is None else raw.recent,
         HEADS=layout.num_kv_heads, G=group, GP=padded, DTYPE=DTYPES[query.dtype],
         DK=key_dim, DKP=triton.next_power_of_2(key_dim), DV=value_dim, DVP=triton.next_power_of_2(value_dim),
-        P=layout.page_size, N=tokens, SPLITS=splits, PARTS=parts, MIN_TILES=_MIN_TILES,
+        P=layout.page_size, N=tokens, MIN_TILES=_MIN_TILES,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     _merge_kernel[(requests * query_heads,)](
         out, partial, partial2, stats, stats if sinks is None else sinks,
-        value_projection(layout.value, value_dim, device), out.stride(1), qjl_scale(value_dim), scale,
+        value_projection(layout.value, value_dim, device), out.stride(1), qjl_scale(value_dim),
+        scale, splits, parts,
         VALUE=layout.value.scheme, ROTATED=layout.value.rotated, CAP=softcap > 0,
         HAS_RAW=raw is not None, HAS_SINKS=sinks is not None, QUERY_HEADS=query_heads,
-        SPLITS=splits, PARTS=parts, PP=triton.next_power_of_2(parts),
+        PP=triton.next_power_of_2(parts),
         DV=value_dim, DVP=triton.next_power_of_2(value_dim),
         num_warps=8 if layout.value.scheme == "qjl" else 2,
     )  # fmt: skip

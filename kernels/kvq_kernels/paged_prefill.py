@@ -32,7 +32,7 @@ _ROW_BYTES = 16384
 """Of one tile of queries."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def _history_kernel(
     query, pages, tables, cu_chunk_lens, history_lens, matrix, matrix2, key_table, value_table,
     out, out2, stats,
@@ -90,7 +90,7 @@ def _history_kernel(
             tl.store(out2 + to[:, None] * DV + d[None, :], acc2, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _fresh_kernel(
     query, key, value, out, cu_chunk_lens, history_lens, earlier, stats, sinks,
     raw_keys, raw_values, rings,

@@ -14,7 +14,7 @@ _SMALL = 256
 """Tokens up to which a store is bound by latency: few rows a program, many programs."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _store_kernel(
     key, value, pages, slots, tokens,
     key_table, value_table, key_projection, value_projection,

@@ -64,7 +64,7 @@ class _Recorder:
                 signature[param.name] = "fp32"
             else:
                 signature[param.name] = "i32"
-                if value % 16 == 0:
+                if value % 16 == 0 and not param.do_not_specialize:
                     attributes[(index,)] = [["tt.divisibility", 16]]
         self.launches.append(Launch(self.name, self.kernel, signature, constants, attributes, options))
 
