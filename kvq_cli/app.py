@@ -69,7 +69,7 @@ def main(args: list[str] | None = None) -> None:
 
     0; 1 for a user's mistake or a limit, 2 for a bad flag, 3 for a failed check, 130 for Ctrl-C.
     """
-    # Set before torch and transformers are imported. Advice to programmers is noise to the users of a command.
+    # Set before torch and transformers are imported. Advice to programmers is noise to users of a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Spinning at barriers makes a CPU run many times slower as soon as anything else wants a core.
