@@ -58,7 +58,10 @@ class Engine:
             token_budget=self.config.max_num_batched_tokens,
             use_graphs=on_gpu and not self.config.enforce_eager,
         )
-        or_uncompiled(model, lambda: self.runner.capture(progress))
+        try:
+            or_uncompiled(model, lambda: self.runner.capture(progress))
+        except RuntimeError as error:  # a model with an op that no graph can hold
+            self.runner.without_graphs(error)
         self._depth = 1 if on_gpu else 0
         """Steps that run on the device while the host plans the next."""
         self._in_flight: deque[tuple[Step, PendingTokens]] = deque()

@@ -1,5 +1,6 @@
 """Runs one step: swaps, inputs, the model's forward, sampling; queued, without waiting for the device."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from kvq_core.engine.sampler import Draw, sample
 from kvq_core.engine.scheduler import Step
 from kvq_core.errors import KvqError
 from kvq_core.models import LoadedModel
+
+log = logging.getLogger("kvq")
 
 
 @dataclass
@@ -84,6 +87,12 @@ class ModelRunner:
         if self.graphs is not None:
             with torch.inference_mode():
                 self.graphs.capture(progress)
+
+    def without_graphs(self, reason: Exception) -> None:
+        """Run every step eagerly from now on, with a warning."""
+        first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+        log.warning("%s: steps run without CUDA graphs, because capture failed: %s", self.model.name, first)
+        self.graphs = None
 
     def _sample(self, step: Step, logits: Tensor, inputs: StepInputs) -> PendingTokens:
         """Sample the rows of logits [B + C, V] that end in a new token."""

@@ -8,6 +8,7 @@ import torch
 
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.engine import Engine
+from kvq_core.engine.runner import ModelRunner
 from kvq_core.errors import KvqError, UsageError
 from kvq_core.models import LoadedModel, load_model
 
@@ -202,3 +203,17 @@ def test_memory_that_is_stated_is_memory_that_is_allocated(make: MAKE) -> None:
     )
     assert engine.kv_stats()["memory_bytes"] == pages + raw
     assert engine.kv_stats()["memory_bytes"] <= 8 << 20
+
+
+def test_a_model_that_no_graph_can_hold_runs_eagerly_with_a_warning(
+    make: MAKE, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(runner: ModelRunner, progress: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    expected = generate(make(), prompts(3), LONG)
+    monkeypatch.setattr(ModelRunner, "capture", refuse)
+    with caplog.at_level("WARNING", "kvq"):
+        engine = make()
+    assert "without CUDA graphs" in caplog.text and engine.runner.graphs is None
+    assert generate(engine, prompts(3), LONG) == expected
