@@ -1,8 +1,8 @@
 """Every codec's bytes inside a kernel: unpacking, packing, and the constant tables both need.
 
 A scheme branches here and nowhere else. Tiles are [N, D] with D padded to a power of two (`DP`); unpacked
-values come with a factor per token that the caller multiplies into scores or weights, which is cheaper than
-scaling every element.
+values come with a factor and a bias per token that the caller applies to scores and weights: cheaper than
+scaling every element, and exact where codes are integers.
 """
 
 from functools import lru_cache
@@ -173,12 +173,13 @@ def load_tile(
     codes, meta, row, valid, table,
     SCHEME: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row` [N] of a page as a tile and factors: x̂ = tile [N, DP] (in DTYPE) · factor [N] (float32).
+    """Rows `row` [N] of a page: x̂ = tile [N, DP] (in DTYPE) · factor [N] + bias [N] (float32, 0 unless intN).
 
     codes: uint8 pointer to the block's K or V codes; meta: fp16 pointer to its first metadata row. Rows that
     are not valid are zero or finite. `qjl` lacks its residual here, see `load_signs`.
     """
     N: tl.constexpr = row.shape[0]
+    bias = tl.zeros((N,), tl.float32)
     if SCHEME == "none":
         d = tl.arange(0, DP)
         typed = codes.to(tl.pointer_type(DTYPE), bitcast=True)
@@ -191,13 +192,15 @@ def load_tile(
             tile = decode_e4m3(_bytes(codes, row, valid, D, 0, D, DP)).to(DTYPE)
             factor = factor * 256.0
         elif SCHEME == "int8" or SCHEME == "int4":
+            MIDDLE: tl.constexpr = 128.0 if SCHEME == "int8" else 8.0
             if SCHEME == "int8":
-                code = _bytes(codes, row, valid, D, 0, D, DP)
+                code = _bytes(codes, row, valid, D, 0, D, DP).to(tl.int32)
             else:
                 code = _expand(_bytes(codes, row, valid, D // 2, 0, D // 2, DP // 2), 4)
-            minimum = tl.load(meta + P + row, mask=valid, other=0.0).to(tl.float32)
-            tile = (code.to(tl.float32) * factor[:, None] + minimum[:, None]).to(DTYPE)
-            factor = tl.full((N,), 1.0, tl.float32)
+            # code - MIDDLE without a conversion instruction: the code becomes the last bits of 2^23 + code
+            tile = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+            tile = tile.to(DTYPE)
+            bias = tl.load(meta + P + row, mask=valid, other=0.0).to(tl.float32) + MIDDLE * factor
         elif SCHEME == "lm2":
             byte = _bytes(codes, row, valid, D // 4, 0, D // 4, DP // 4)
             tile = _look_up(byte, table, 4).to(DTYPE, bitcast=True)
@@ -214,7 +217,24 @@ def load_tile(
                 tile = (tile + sign).to(DTYPE)
             else:
                 tile = tile.to(DTYPE, bitcast=True)
-    return tile, factor
+    return tile, factor, bias
+
+
+@triton.jit
+def weigh(weights, factor, tile, acc, alpha, DTYPE: tl.constexpr):
+    """acc [M, DP] · alpha [M] + (weights [M, N] · factor [N]) @ tile [N, DP].
+
+    In fp16 the factors are divided by the tile's largest first: small ones would vanish with the weights.
+    """
+    if tl.float16 == DTYPE:
+        largest = tl.max(factor, 0)
+        largest = tl.where(largest > 0, largest, 1.0)
+        scaled = (weights * (factor / largest)[None, :]).to(DTYPE)
+        acc = acc * alpha[:, None] + tl.dot(scaled, tile, input_precision="ieee") * largest
+    else:
+        scaled = (weights * factor[None, :]).to(DTYPE)
+        acc = tl.dot(scaled, tile, acc * alpha[:, None], input_precision="ieee")
+    return acc
 
 
 @triton.jit

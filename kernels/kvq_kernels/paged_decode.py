@@ -19,6 +19,7 @@ from kvq_kernels.bits import (
     qjl_matrix,
     signs_of_hadamard,
     walsh,
+    weigh,
 )
 from kvq_kernels.codebook import qjl_projection, qjl_scale
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
@@ -97,6 +98,10 @@ def attend_pages(
     pages: pointer to the kv head's block in page 0; table: pointer to the request's block table.
     """
     unit = exponent_unit(scale, CAP)
+    KEY_BIAS: tl.constexpr = KEY == "int8" or KEY == "int4"
+    VALUE_BIAS: tl.constexpr = VALUE == "int8" or VALUE == "int4"
+    total = tl.sum(q.to(tl.float32), 1)
+    shift = tl.zeros(m.shape, tl.float32)
     for tile in range(first, last):
         start = tile * N
         page = tl.load(table + start // P).to(tl.int64)
@@ -105,8 +110,10 @@ def attend_pages(
         row = start % P + tl.arange(0, N)
         position = start + tl.arange(0, N)
         valid = (position >= low) & (position < high)
-        k, k_factor = load_tile(block, meta, row, valid, key_table, KEY, DTYPE, DK, DKP, P)
+        k, k_factor, k_bias = load_tile(block, meta, row, valid, key_table, KEY, DTYPE, DK, DKP, P)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * k_factor[None, :]
+        if KEY_BIAS:
+            scores += total[:, None] * k_bias[None, :]
         if KEY == "qjl":
             signs, length = load_signs(block, meta, row, valid, DTYPE, DK, DKP, P)
             scores += tl.dot(q2, tl.trans(signs), input_precision="ieee") * length[None, :]
@@ -116,17 +123,22 @@ def attend_pages(
         if RECENT > 0:
             seen = seen & (position[None, :] <= t[:, None] - RECENT)
         weights, alpha, m, l = softmax_step(cap(scores, scale, softcap, CAP), seen, m, l, unit)
-        v, v_factor = load_tile(
+        v, v_factor, v_bias = load_tile(
             block + VALUE_OFFSET, meta + KEY_META * P, row, valid, value_table, VALUE, DTYPE, DV, DVP, P
         )
-        acc = tl.dot((weights * v_factor[None, :]).to(DTYPE), v, acc * alpha[:, None], input_precision="ieee")
+        if VALUE == "none":
+            acc = tl.dot(weights.to(DTYPE), v, acc * alpha[:, None], input_precision="ieee")
+        else:
+            acc = weigh(weights, v_factor, v, acc, alpha, DTYPE)
+        if VALUE_BIAS:
+            shift = shift * alpha + tl.sum(weights * v_bias[None, :], 1)
         if VALUE == "qjl":
             signs, length = load_signs(
                 block + VALUE_OFFSET, meta + KEY_META * P, row, valid, DTYPE, DV, DVP, P
             )
-            acc2 = tl.dot(
-                (weights * length[None, :]).to(DTYPE), signs, acc2 * alpha[:, None], input_precision="ieee"
-            )
+            acc2 = weigh(weights, length, signs, acc2, alpha, DTYPE)
+    if VALUE_BIAS:
+        acc += shift[:, None]
     return m, l, acc, acc2
 
 

@@ -37,6 +37,8 @@ class Case:
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
     seed: int = 0
+    magnitude: float = 1.0
+    """Of the values."""
 
     def __str__(self) -> str:
         lens = "_".join(map(str, self.contexts)) + (
@@ -101,7 +103,7 @@ def build(case: Case, store, store_raw) -> Problem:
     totals = [a + b for a, b in zip(case.contexts, chunks, strict=True)]
     offset = torch.linspace(-1, 1, case.key_dim, dtype=torch.float64).to(case.device, case.dtype)
     keys = [normal(n, case.kv_heads, case.key_dim) + offset for n in totals]
-    values = [normal(n, case.kv_heads, case.value_dim) for n in totals]
+    values = [normal(n, case.kv_heads, case.value_dim) * case.magnitude for n in totals]
     queries = sum(chunks) if case.chunks else len(totals)
     query = normal(queries, case.kv_heads * case.group, case.key_dim)
 

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("a process that interprets kernels can't compile them", allow_module_level=True)
 
 from kvq_kernels import paged_decode, paged_prefill, quantize_store, reference
-from tests.kernels.compiling import SHARED_LIMIT, recording
+from tests.kernels.compiling import SHARED_LIMIT, recording, resources
 
 FULL = {"window": 100, "softcap": 5.0, "sinks": True, "sink": 4, "recent": 20}
 CASES = {
@@ -73,3 +73,7 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
     for launch in launches:
         compiled = launch.compile(capability)
         assert compiled.metadata.shared <= SHARED_LIMIT[capability] * 1024, launch.name
+        used = resources(compiled.asm["cubin"])
+        fast = capability >= 80 and dtype != torch.float32 and name in ("turbo-D128", "int-D128", "none-D128")
+        if used and fast and launch.name in ("_store_kernel", "_decode_kernel", "_merge_kernel"):
+            assert used["STACK"] == used["LOCAL"] == 0, f"{launch.name} spills: {used}"

@@ -112,6 +112,32 @@ else:
         problem = build(case.with_chunks((5, 9)), quantize_store.store, quantize_store.store_raw)
         check(prefill(problem, paged_prefill.paged_prefill), problem)
 
+    @pytest.mark.parametrize("magnitude", [1e-3, 100.0])
+    @pytest.mark.parametrize(
+        "codecs", ["none:none", "int8:int8", "fp8:fp8", "turbo:lm2", "lm3:int4", "qjl:qjl"]
+    )
+    def test_decode_and_prefill_of_small_and_large_values(codecs: str, magnitude: float) -> None:
+        """fp16's range: weights times scales must not vanish, nor overflow."""
+        key, value = codecs.split(":")
+        case = Case(key, value, contexts=(600, 3), page_size=64, dtype=torch.float16, magnitude=magnitude)
+        problem = build(case, reference.store, reference.store_raw)
+        check(decode(problem, paged_decode.paged_decode), problem)
+        problem = build(case.with_chunks((5, 9)), reference.store, reference.store_raw)
+        check(prefill(problem, paged_prefill.paged_prefill), problem)
+
+    @pytest.mark.parametrize(("head_dim", "page_size"), [(16, 48), (32, 32)])
+    @pytest.mark.parametrize("codecs", ["none:none", "int4:int8", "turbo:lm2", "lm3:lm4"])
+    def test_decode_and_prefill_of_tiny_head_dims(codecs: str, head_dim: int, page_size: int) -> None:
+        key, value = codecs.split(":")
+        case = Case(
+            key, value, key_dim=head_dim, value_dim=head_dim, contexts=(100, 3), page_size=page_size,
+            dtype=torch.float16,
+        )  # fmt: skip
+        problem = build(case, quantize_store.store, quantize_store.store_raw)
+        check(decode(problem, paged_decode.paged_decode), problem)
+        problem = build(case.with_chunks((5, 9)), quantize_store.store, quantize_store.store_raw)
+        check(prefill(problem, paged_prefill.paged_prefill), problem)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("head_dim", [64, 128, 256])
     @pytest.mark.parametrize("name", CODEC_NAMES)
