@@ -83,8 +83,8 @@ def _grouped(
     """The same through grouped GEMMs over tokens sorted by expert."""
     tokens, top_k = top_k_index.shape
     chosen, order = top_k_index.reshape(-1).sort()
-    counts = torch.histc(chosen.int(), bins=down.shape[0], min=0, max=down.shape[0] - 1)
-    ends = counts.cumsum(0, dtype=torch.int32)
+    numbers = torch.arange(down.shape[0], device=hidden.device)
+    ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
     gate, up = torch._grouped_mm(hidden[order // top_k], gate_up.transpose(-1, -2), offs=ends).chunk(2, -1)
     act = torch.nn.functional.silu(gate) * up
     parts = torch._grouped_mm(act, down.transpose(-1, -2), offs=ends)

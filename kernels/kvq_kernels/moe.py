@@ -125,7 +125,7 @@ def experts(
     down: Tensor,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Σ_k w_k · down_e(silu(gate_e x) · up_e x) over the experts e that each token chose.
+    """See `reference.experts`: Σ_k w_k · down_e(silu(gate_e x) · up_e x) over each token's experts e.
 
     hidden [T, H], top_k_index and top_k_weights [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H]. Rows of
     tokens that are not `valid` [T] bool (padding; None: all are) hold anything.

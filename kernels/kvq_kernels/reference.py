@@ -431,3 +431,26 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) ->
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
+
+
+# --- experts ------------------------------------------------------------------------------------------------
+
+
+def experts(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Σ_k w_k · down_e(silu(gate_e x) · up_e x) over the experts e that each token chose.
+
+    hidden [T, H], top_k_index and top_k_weights [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H]. Rows of
+    tokens that are not `valid` [T] bool (None: all are) hold anything. Gathers the weights of every pair.
+    """
+    dtype = working_dtype(hidden.dtype)
+    x, weights = hidden.to(dtype), top_k_weights.to(dtype)
+    gate, up = torch.einsum("th,tkih->tki", x, gate_up.to(dtype)[top_k_index]).chunk(2, -1)
+    parts = torch.einsum("tki,tkhi->tkh", F.silu(gate) * up, down.to(dtype)[top_k_index])
+    return (parts * weights[..., None]).sum(1).to(hidden.dtype)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,9 +99,3 @@ class PagedCache:
             return tensor.clone()
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
-
-    def slots(self, group: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """page · page_size + row in the page, int64, for each (row, position)."""
-        size = self.plan.page_size
-        pages = self.blocks.groups[group].table[rows, positions // size].astype(np.int64)
-        return pages * size + positions % size

@@ -137,10 +137,11 @@ def plan_cache(
     )
     if pages < 2:
         need = size(2) + max_num_seqs * raw
+        windows = f" and the unquantized tokens of {max_num_seqs} requests take" if raw else " takes"
         raise KvqError(
-            f"{memory / 2**20:.1f} MiB of KV memory hold no request: one page of {page_size} tokens"
-            f" with {max_num_seqs} raw windows takes {need / 2**20:.1f} MiB",
-            f"give at least `--kv-memory {-(-need // 2**20)}MiB`, or lower `--max-num-seqs`",
+            f"{memory:,} bytes of KV memory hold no request: a page of {page_size} tokens{windows} {need:,}",
+            f"give at least `--kv-memory {-(-need // 2**20)}MiB`"
+            + (", or lower `--max-num-seqs`" if raw else ""),
         )
     # Alone in the cache, a request holds all its pages in an unwindowed group, window + chunk in another.
     fits = max_model_len
