@@ -22,19 +22,20 @@ _BITS = {"lm2": 2, "lm3": 3, "lm4": 4, "turbo": 3, "qjl": 3}
 
 @lru_cache(maxsize=64)
 def decode_table(scheme: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What bytes stand for: [256, elements a byte] for lm2, lm4 and nibbles of turbo and qjl; [8] for lm3.
+    """What codes stand for: [256, 2] by byte for lm4 and nibbles of turbo and qjl; [8] for lm3; [2] for lm2.
 
     Bits of `dtype` as integers: the cast that makes them floats keeps triton 3.6 from moving the reshape of a
     looked-up tile into shared memory, where it crashes for sm_90. Float32 for turbo, whose level is still to
-    be added to. Other schemes get an unused scalar.
+    be added to, and for lm2: its two magnitudes. Other schemes get an unused scalar.
     """
     if scheme not in _BITS:
         return torch.zeros(1, dtype=dtype, device=device)
     levels = torch.tensor(LEVELS[_BITS[scheme]], dtype=torch.float64)
+    if scheme == "lm2":
+        return levels[2:].to(device, torch.float32)
     if scheme == "lm3":
         return _as_bits(levels.to(device, dtype))
-    bits = 2 if scheme == "lm2" else 4
-    codes = (torch.arange(256)[:, None] >> torch.arange(0, 8, bits)) & (2**bits - 1)
+    codes = (torch.arange(256)[:, None] >> torch.arange(0, 8, 4)) & 15
     if scheme in ("turbo", "qjl"):
         codes &= 7
     table = levels[codes].contiguous()
@@ -202,8 +203,14 @@ def load_tile(
             tile = tile.to(DTYPE)
             bias = tl.load(meta + P + row, mask=valid, other=0.0).to(tl.float32) + MIDDLE * factor
         elif SCHEME == "lm2":
-            byte = _bytes(codes, row, valid, D // 4, 0, D // 4, DP // 4)
-            tile = _look_up(byte, table, 4).to(DTYPE, bitcast=True)
+            i = tl.arange(0, DP // 8)
+            typed = codes.to(tl.pointer_type(tl.int16), bitcast=True)
+            planes = tl.load(typed + row[:, None] * (D // 8) + i[None, :], mask=valid[:, None], other=0)
+            bit = planes[:, :, None] >> tl.arange(0, 16)[None, None, :] & 1
+            large, negative = tl.split(tl.permute(tl.reshape(bit, (N, DP // 8, 2, 8)), (0, 1, 3, 2)))
+            small, large_level = tl.load(table), tl.load(table + 1)
+            tile = tl.where(large != 0, large_level, small)
+            tile = tl.reshape(tl.where(negative != 0, -tile, tile), (N, DP)).to(DTYPE)
         elif SCHEME == "lm3":
             low = _expand(_bytes(codes, row, valid, D * 3 // 8, 0, D // 4, DP // 4), 2)
             high = _expand(_bytes(codes, row, valid, D * 3 // 8, D // 4, D // 8, DP // 8), 1)
@@ -341,8 +348,16 @@ def _store_rotated(
     elif SCHEME == "lm3":
         _store_bytes(codes, _pack(index & 3, 2), mask, D * 3 // 8, 0, D // 4)
         _store_bytes(codes, _pack(index >> 2, 1), mask, D * 3 // 8, D // 4, D // 8)
+    elif SCHEME == "lm2":
+        negative = index < 2
+        large = (index == 0) | (index == 3)
+        planes = _pack(large.to(tl.int32), 1).to(tl.uint16) | (
+            _pack(negative.to(tl.int32), 1).to(tl.uint16) << 8
+        )
+        typed = codes.to(tl.pointer_type(tl.uint16), bitcast=True)
+        tl.store(typed[:, None] + tl.arange(0, D // 8)[None, :], planes, mask=mask[:, None])
     else:
-        _store_bytes(codes, _pack(index, BITS), mask, D * BITS // 8, 0, D * BITS // 8)
+        _store_bytes(codes, _pack(index, 4), mask, D // 2, 0, D // 2)
 
 
 @triton.jit

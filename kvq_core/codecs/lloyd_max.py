@@ -56,7 +56,12 @@ def alignment(y: Tensor, coded: Tensor) -> Tensor:
 
 
 class LloydMaxCodec(BaseCodec):
-    """meta: n; x̂ = n · level[code], codes of y·√D/‖y‖. 3 bits are packed as a plane of 2 and a plane of 1."""
+    """meta: n; x̂ = n · level[code], codes of y·√D/‖y‖.
+
+    4 bits: nibbles. 3 bits: a plane of 2 and a plane of 1. 2 bits: for every 8 elements a byte that tells the
+    larger magnitude and a byte that tells negative numbers, element i at bit i: shifted and masked, the 16
+    bits are an fp16 number as they lie there.
+    """
 
     rotated = True
     num_meta = 1
@@ -82,6 +87,9 @@ class LloydMaxCodec(BaseCodec):
         codes = index.to(torch.uint8)
         if self.bits == 3:
             packed = torch.cat((pack(codes & 3, 2), pack(codes >> 2, 1)), -1)
+        elif self.bits == 2:
+            large, negative = (codes == 0) | (codes == 3), codes < 2
+            packed = torch.stack((pack(large.byte(), 1), pack(negative.byte(), 1)), -1).flatten(-2)
         else:
             packed = pack(codes, self.bits)
         return packed, stored_norm(y, coded, norm, self.encoder.norm_mode)
@@ -95,6 +103,10 @@ class LloydMaxCodec(BaseCodec):
             index += lookup(high, byte_table((0.0, 4.0), 1, norm.dtype, codes.device))
             table = torch.tensor(levels, dtype=norm.dtype, device=codes.device)
             values = table.index_select(0, index.reshape(-1).int()).view_as(index)
+        elif self.bits == 2:
+            large, negative = codes.unflatten(-1, (-1, 2)).unbind(-1)
+            values = lookup(large, byte_table(levels[2:], 1, norm.dtype, codes.device))
+            values *= lookup(negative, byte_table((1.0, -1.0), 1, norm.dtype, codes.device))
         else:
             values = lookup(codes, byte_table(levels, self.bits, norm.dtype, codes.device))
         return values.mul_(norm).to(dtype)

@@ -214,7 +214,8 @@ def test_fp8_values_are_exact() -> None:
 
 
 def test_bits_of_every_code() -> None:
-    """The packing that kernels rely on: element i of a byte at bit i · bits; lm3 as planes of 2 and 1."""
+    """The packing that kernels rely on: element i of a byte at bit i · bits; lm3 as planes of 2 and 1;
+    lm2 as pairs of bytes: the larger magnitude, negative."""
 
     def decode(name: str, codes: list[int], meta: list[float], head_dim: int) -> list[float]:
         bytes_ = torch.tensor(codes, dtype=torch.uint8)
@@ -226,7 +227,7 @@ def test_bits_of_every_code() -> None:
     assert decode("fp8", [0x38, 0xB8, 0x7E, 0x01], [2.0], 4) == [2.0, -2.0, 896.0, 2.0**-8]
     assert decode("lm4", nibbles, [2.0], 16) == [2 * level for level in LEVELS[4]]
     assert decode("lm3", [0b11100100] * 4 + [0b11110000] * 2, [2.0], 16) == [2 * x for x in LEVELS[3] * 2]
-    assert decode("lm2", [0b11100100] * 4, [2.0], 16) == [2 * level for level in LEVELS[2]] * 4
+    assert decode("lm2", [0b10011001, 0b00110011] * 2, [2.0], 16) == [2 * level for level in LEVELS[2]] * 4
     turbo = [2 * (x + s) for s in (-0.25, 0.25) for x in LEVELS[3]]
     assert decode("turbo", nibbles, [2.0, 0.25], 16) == turbo
 
