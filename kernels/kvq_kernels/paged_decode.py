@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvq_kernels import warp_decode
 from kvq_kernels.bits import (
     decode_table,
     load_signs,
@@ -22,10 +23,10 @@ from kvq_kernels.bits import (
     weigh,
 )
 from kvq_kernels.codebook import qjl_projection, qjl_scale
+from kvq_kernels.exponent import LOG2E, cap, exponent_unit
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
 
-LOG2E = tl.constexpr(1.4426950408889634)
 _MIN_TILES = 2
 """Tiles of tokens that a split has at least: below that, starting a program costs more than its work."""
 _TILE_BYTES = 16384
@@ -33,24 +34,6 @@ _TILE_BYTES = 16384
 
 
 # --- pieces shared with prefill -----------------------------------------------------------------------------
-
-
-@triton.jit
-def exponent_unit(scale, CAP: tl.constexpr):
-    """What scores, m and sinks in their unit are multiplied by to become powers of two.
-
-    Scores stay q·k until the maximum is subtracted, unless they are capped: scaling first would round them
-    where they are large.
-    """
-    return LOG2E if CAP else scale * LOG2E
-
-
-@triton.jit
-def cap(scores, scale, softcap, CAP: tl.constexpr):
-    """softcap · tanh(scale · scores / softcap), where there is a cap."""
-    if CAP:
-        scores = (1.0 - 2.0 / (1.0 + tl.exp(scores * (2.0 * scale / softcap)))) * softcap
-    return scores
 
 
 @triton.jit
@@ -180,21 +163,22 @@ def attend_raw(
 # --- kernels ------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts"])
+@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "first_part", "G"])
 def _decode_kernel(
     query, pages, tables, context_lens, matrix, matrix2, key_table, value_table,
     raw_keys, raw_values, rings, partial, partial2, stats,
     query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window, splits, parts,
+    first_part, G,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, HAS_RAW: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr,
-    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    HEADS: tl.constexpr, GP: tl.constexpr,
     DTYPE: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, MIN_TILES: tl.constexpr,
 ):  # fmt: skip
     """One part of one request's sequence and one kv head a program; part `splits` is the raw window."""
-    part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, head, request = first_part + tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     g = tl.arange(0, GP)
     query_head = head * G + g
     rows = query + request * query_stride + query_head * query_head_stride
@@ -372,7 +356,10 @@ def paged_decode(
     tokens = tile_tokens(layout, query.dtype, query.device)
     longest = block_tables.shape[1] * layout.page_size if max_context is None else max_context
     reach = min(longest, window) if window else longest
-    if splits is None:
+    by_warps = warp_decode.fits(query, layout)
+    if splits is None and by_warps:
+        splits = warp_decode.num_splits(requests, layout, reach, _multiprocessors(query.device))
+    elif splits is None:
         splits = num_splits(requests, layout, triton.cdiv(reach, tokens), _multiprocessors(query.device))
     parts = splits + (raw is not None)
     device, value_dim = query.device, layout.value_dim
@@ -383,23 +370,31 @@ def paged_decode(
     partial2 = torch.empty_like(partial) if layout.value.scheme == "qjl" else partial
     stats = torch.empty(requests, query_heads, parts, 2, dtype=torch.float32, device=device)
     matrix, matrix2 = key_matrices(layout.key, key_dim, query.dtype, device)
-    _decode_kernel[(parts, layout.num_kv_heads, requests)](
-        query, pages, block_tables, context_lens, matrix, matrix2,
-        decode_table(layout.key.scheme, query.dtype, device),
-        decode_table(layout.value.scheme, query.dtype, device),
-        query if raw is None else raw.keys, query if raw is None else raw.values,
-        context_lens if rings is None else rings, partial, partial2, stats,
-        query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0),
-        scale, softcap, window, splits, parts,
-        KEY=layout.key.scheme, VALUE=layout.value.scheme, ROTATED=layout.key.rotated,
-        KEY_META=layout.key.num_meta, VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
-        BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, HAS_RAW=raw is not None,
-        SINK=0 if raw is None else raw.sink, RECENT=0 if raw is None else raw.recent,
-        HEADS=layout.num_kv_heads, G=group, GP=padded, DTYPE=DTYPES[query.dtype],
-        DK=key_dim, DKP=triton.next_power_of_2(key_dim), DV=value_dim, DVP=triton.next_power_of_2(value_dim),
-        P=layout.page_size, N=tokens, MIN_TILES=_MIN_TILES,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+    sink, recent = (0, 0) if raw is None else (raw.sink, raw.recent)
+    first_part = 0
+    if by_warps:
+        warp_decode.launch(
+            query, pages, block_tables, context_lens, layout, partial, stats,
+            scale=scale, softcap=softcap, window=window, sink=sink, recent=recent, splits=splits,
+        )  # fmt: skip
+        first_part = splits
+    if first_part < parts:
+        _decode_kernel[(parts - first_part, layout.num_kv_heads, requests)](
+            query, pages, block_tables, context_lens, matrix, matrix2,
+            decode_table(layout.key.scheme, query.dtype, device),
+            decode_table(layout.value.scheme, query.dtype, device),
+            query if raw is None else raw.keys, query if raw is None else raw.values,
+            context_lens if rings is None else rings, partial, partial2, stats,
+            query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0),
+            scale, softcap, window, splits, parts, first_part, group,
+            KEY=layout.key.scheme, VALUE=layout.value.scheme, ROTATED=layout.key.rotated,
+            KEY_META=layout.key.num_meta, VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
+            BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, HAS_RAW=raw is not None,
+            SINK=sink, RECENT=recent, HEADS=layout.num_kv_heads, GP=padded, DTYPE=DTYPES[query.dtype],
+            DK=key_dim, DKP=triton.next_power_of_2(key_dim), DV=value_dim, DVP=triton.next_power_of_2(value_dim),
+            P=layout.page_size, N=tokens, MIN_TILES=_MIN_TILES,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
     _merge_kernel[(requests * query_heads,)](
         out, partial, partial2, stats, stats if sinks is None else sinks,
         value_projection(layout.value, value_dim, device), out.stride(1), qjl_scale(value_dim),

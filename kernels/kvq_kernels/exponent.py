@@ -1,0 +1,24 @@
+"""Units of scores: what becomes a power of two."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exponent_unit(scale, CAP: tl.constexpr):
+    """What scores, m and sinks in their unit are multiplied by to become powers of two.
+
+    Scores stay q·k until the maximum is subtracted, unless they are capped: scaling first would round them
+    where they are large.
+    """
+    return LOG2E if CAP else scale * LOG2E
+
+
+@triton.jit
+def cap(scores, scale, softcap, CAP: tl.constexpr):
+    """softcap · tanh(scale · scores / softcap), where there is a cap."""
+    if CAP:
+        scores = (1.0 - 2.0 / (1.0 + tl.exp(scores * (2.0 * scale / softcap)))) * softcap
+    return scores

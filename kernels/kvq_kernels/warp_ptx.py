@@ -1,0 +1,583 @@
+"""PTX of the decode kernel that works in one warp's registers (`warp_decode.py`); strings, built by scheme.
+
+A lane has g = lane / 4 and t = lane % 4. Tensor cores take tokens as rows and query heads as columns:
+
+- Scores, `mma.m16n8k32` on bytes: rows are 16 tokens, of which a lane brings two (row g and row g + 8), its
+  quarter t of their dims; columns are the heads, of which lane g brings one, the same quarter of its dims.
+  Sums don't depend on the order of dims, so a lane's plain 16-byte load of codes is its operand.
+- Values, `mma.m16n8k16` on fp16: rows are dims, of which lane g brings D/8; columns are the heads; the sum
+  runs over 16 tokens, of which lane t brings four. `movmatrix` turns weights from the first form into this.
+
+T tokens of a page are a tile, U = T/8. Lane g scores tokens U·g … U·g + U - 1 of it, lane t weighs tokens
+2U·t … 2U·t + 2U - 1. Step i of a tile takes tokens 2i and 2i + 1 of each g, and 2i, 2i + 1, 2i + U,
+2i + 1 + U of each t: the same 16.
+
+Queries become 15-bit integers, q = unit · (128 · high + low), so that byte products are as exact as bf16's.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import triton
+import triton.language as tl
+
+from kvq_kernels.codebook import LEVELS
+
+NIBBLE_KEYS = ("turbo", "lm4", "int4")
+KEYS = (*NIBBLE_KEYS, "int8", "fp8")
+VALUES = ("lm2", "lm4", "int4", "int8", "fp8")
+
+# --- levels as integers -------------------------------------------------------------------------------------
+
+TURBO_LEVELS = (13, 40, 71, 114)
+TURBO_UNIT = 2.1519457 / 114 * 1.0005
+"""A 3-bit level is ± an integer of TURBO_LEVELS times this, within 0.2%."""
+LM4_UNIT = 2 * LEVELS[4][15] / 107
+LM4_MIDDLE = 53.5
+"""A 4-bit level is (integer - LM4_MIDDLE) · LM4_UNIT, exactly: that is how `LEVELS` has them."""
+LM2_UNIT = (LEVELS[2][2] / 55 + LEVELS[2][3] / 183) / 2
+"""A 2-bit level is ±55 or ±183 times this, within 0.13%."""
+HALF_UNIT = 2.0**-24
+"""The smallest fp16 number: the bits of an integer n below 1024 are the fp16 number n · HALF_UNIT."""
+FINGERPRINT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+"""Of this file: triton's cache of compiled kernels does not see what makes these strings."""
+NO_MAXIMUM = -1.0e30
+"""A running maximum before anything was seen: finite, so that differences are never NaN."""
+FIRST_SCALE = 2.0**60
+"""Of values, before anything was seen: too large for any but zeros, so that the first step sets it."""
+GROWTH = 4.0
+"""The running maximum follows only where scores exceed it by this many powers of two."""
+LARGE_VALUE = 2048.0
+"""Weights times value scales stay below 2^GROWTH times this, which fp16 holds."""
+
+_LM4_CODES = tuple(round(level / LM4_UNIT + LM4_MIDDLE) for level in LEVELS[4])
+
+
+# --- shapes -------------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def key_words(scheme: str, dim: int) -> int:
+    """32-bit words of one token's key that a lane reads: a quarter."""
+    return dim // 32 if scheme in NIBBLE_KEYS else dim // 16
+
+
+@triton.constexpr_function
+def value_words(scheme: str, dim: int) -> int:
+    """Registers of one token's value that a lane reads: an eighth (for lm2 at 64 dims half a word)."""
+    bits = {"lm2": 2, "lm4": 4, "int4": 4}.get(scheme, 8)
+    return max(1, dim * bits // 256)
+
+
+@triton.constexpr_function
+def query_registers(scheme: str, dim: int) -> tuple[int, int]:
+    """Registers of the query that every step needs, and of these the ones that hold the high bytes."""
+    if scheme == "fp8":
+        return dim // 8, dim // 8
+    return dim // 8 + (dim // 16 if scheme == "turbo" else 0), dim // 16
+
+
+@triton.constexpr_function
+def types(count: int, dtype: tl.dtype) -> tuple[tl.dtype, ...]:
+    return (dtype,) * count
+
+
+# --- assembling ---------------------------------------------------------------------------------------------
+
+
+class _Code:
+    """Lines of one block, with registers by need."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.counts = {"r": 0, "f": 0, "p": 0, "h": 0}
+
+    def new(self, kind: str = "r") -> str:
+        self.counts[kind] += 1
+        return f"{kind}{self.counts[kind]}"
+
+    def add(self, line: str) -> None:
+        self.lines.append(line + ";")
+
+    def do(self, instruction: str, *operands: str, kind: str = "r", to: str | None = None) -> str:
+        to = to or self.new(kind)
+        self.add(f"{instruction} {', '.join((to, *operands))}")
+        return to
+
+    def text(self) -> str:
+        types_ = {"r": ".b32", "f": ".f32", "p": ".pred", "h": ".b16"}
+        declared = [f".reg {types_[k]} {k}<{n + 1}>;" for k, n in self.counts.items() if n]
+        return "{\n" + "\n".join([*declared, *self.lines]) + "\n}"
+
+    @staticmethod
+    def table(numbers: Iterable[int]) -> list[str]:
+        """Eight bytes as the two registers that `prmt` selects from."""
+        data = bytes(n & 0xFF for n in numbers)
+        assert len(data) == 8
+        return [f"0x{int.from_bytes(data[i : i + 4], 'little'):08x}" for i in (0, 4)]
+
+    @staticmethod
+    def operands(first: int, count: int) -> list[str]:
+        return [f"${i}" for i in range(first, first + count)]
+
+    def mma(
+        self, kinds: str, to: Sequence[str], a: Sequence[str], b: Sequence[str], c: Sequence[str]
+    ) -> None:
+        shape = "m16n8k16" if "f16" in kinds else "m16n8k32"
+        groups = ", ".join("{" + ", ".join(group) + "}" for group in (to, a, b, c))
+        self.add(f"mma.sync.aligned.{shape}.row.col.{kinds} {groups}")
+
+    def load(self, to: Sequence[str], pointer: str, offset: int, predicate: str) -> None:
+        vector = {1: "", 2: ".v2", 4: ".v4"}[len(to)]
+        target = to[0] if len(to) == 1 else "{" + ", ".join(to) + "}"
+        self.add(f"@{predicate} ld.global.nc.L1::no_allocate{vector}.b32 {target}, [{pointer}+{offset}]")
+
+    def guard(self, operand: str) -> str:
+        predicate = self.new("p")
+        self.add(f"setp.ne.s32 {predicate}, {operand}, 0")
+        return predicate
+
+    def butterflies(self, x: list[str], t: str) -> list[str]:
+        """The Walsh-Hadamard transform over 4 lanes of len(x) numbers each, not normalised."""
+        step = 1
+        while step < len(x):
+            for i in range(len(x)):
+                if not i & step:
+                    a, b = x[i], x[i + step]
+                    x[i] = self.do("add.f32", a, b, kind="f")
+                    x[i + step] = self.do("sub.f32", a, b, kind="f")
+            step *= 2
+        for lane_bit in (1, 2):
+            sign, bit, predicate = self.new("f"), self.do("and.b32", t, str(lane_bit)), self.new("p")
+            self.add(f"setp.eq.s32 {predicate}, {bit}, 0")
+            self.add(f"selp.f32 {sign}, 0f3F800000, 0fBF800000, {predicate}")
+            for i, own in enumerate(x):
+                other = self.do("shfl.sync.bfly.b32", own, str(lane_bit), "0x1f", "0xffffffff", kind="f")
+                x[i] = self.do("fma.rn.f32", own, sign, other, kind="f")
+        return x
+
+    def reduce(self, instruction: str, x: str, lanes: Iterable[int], kind: str) -> str:
+        for lane in lanes:
+            other = self.do("shfl.sync.bfly.b32", x, str(lane), "0x1f", "0xffffffff", kind=kind)
+            x = self.do(instruction, x, other, kind=kind)
+        return x
+
+    @staticmethod
+    def float(x: float) -> str:
+        return f"0f{struct.unpack('<I', struct.pack('<f', x))[0]:08X}"
+
+    def pack_bytes(self, values: Sequence[str]) -> str:
+        low = self.do("prmt.b32", values[0], values[1], "0x0040")
+        high = self.do("prmt.b32", values[2], values[3], "0x0040")
+        return self.do("prmt.b32", low, high, "0x5410")
+
+    def look_up_16(self, word: str) -> tuple[str, str]:
+        """8 nibbles -> 8 bytes of the 4-bit codebook, none above 127.
+
+        Where a selector's highest bit is set, `prmt` gives the sign of the byte, here 0: so of two look-ups, one
+        with that bit flipped, one gives the byte and the other nothing.
+        """
+        lower, upper = self.table(_LM4_CODES[:8]), self.table(_LM4_CODES[8:])
+        flipped = self.do("xor.b32", word, "0x88888888")
+        results = []
+        for shift in (0, 16):
+            a, b = (self.do("shr.u32", x, "16") if shift else x for x in (word, flipped))
+            low, high = self.do("prmt.b32", *lower, a), self.do("prmt.b32", *upper, b)
+            results.append(self.do("or.b32", low, high))
+        return results[0], results[1]
+
+    def key_operands(self, scheme: str, words: Sequence[str]) -> list[tuple[str, str]]:
+        """A token's words -> what its row brings to each product of 32 dims."""
+        if scheme == "int8":
+            return [(words[i], words[i + 1]) for i in range(0, len(words), 2)]
+        if scheme == "int4":
+            return [
+                (
+                    self.do("and.b32", word, "0x0f0f0f0f"),
+                    self.do("and.b32", self.do("shr.u32", word, "4"), "0x0f0f0f0f"),
+                )
+                for word in words
+            ]
+        if scheme == "lm4":
+            return [self.look_up_16(word) for word in words]
+        table = self.table([-n for n in reversed(TURBO_LEVELS)] + list(TURBO_LEVELS))
+        result = []
+        for word in words:
+            index = self.do("and.b32", word, "0x77777777")
+            result.append(
+                (
+                    self.do("prmt.b32", *table, index),
+                    self.do("prmt.b32", *table, self.do("shr.u32", index, "16")),
+                )
+            )
+        return result
+
+    def e4m3_pair(self, word: str, selector: str) -> str:
+        """Two bytes that `selector` puts into the high halves of a zero -> fp16 numbers, value / 256."""
+        x = self.do("prmt.b32", word, "0", selector)
+        shifted = self.do("and.b32", self.do("shr.u32", x, "1"), "0x3f803f80")
+        return self.do("lop3.b32", x, "0x80008000", shifted, "0xea")  # (x & signs) | shifted
+
+    def value_operands(self, scheme: str, dim: int, a: Sequence[str], b: Sequence[str]) -> list[str]:
+        """Words of tokens a and b -> for each of the lane's D/8 dims an fp16 pair (a, b)."""
+        pairs: list[str] = []
+        if scheme == "lm2":
+            halves = [("0x5410",), ("0x5410", "0x7632")][dim // 128]
+            for selector in halves:
+                zipped = self.do("prmt.b32", a[0], b[0], selector)
+                for bit in range(8):
+                    shifted = self.do("shl.b32", zipped, str(7 - bit)) if bit < 7 else zipped
+                    pairs.append(self.do("lop3.b32", shifted, "0x80808080", "0x00370037", "0xea"))
+            return pairs
+        if scheme == "int4":
+            for x, y in zip(a, b, strict=True):
+                for selector in ("0x5410", "0x7632"):
+                    zipped = self.do("prmt.b32", x, y, selector)
+                    upper = self.do("shr.u32", zipped, "8")
+                    pairs += [
+                        self.do("and.b32", word, mask)
+                        for word in (zipped, upper)
+                        for mask in ("0x000f000f", "0x00f000f0")
+                    ]
+            return pairs
+        if scheme == "lm4":
+            a, b = ([byte for word in words for byte in self.look_up_16(word)] for words in (a, b))
+        for x, y in zip(a, b, strict=True):
+            for selector in ("0x5140", "0x7362"):
+                zipped = self.do("prmt.b32", x, y, selector)  # a0 b0 a1 b1
+                if scheme == "fp8":
+                    pairs += [self.e4m3_pair(zipped, s) for s in ("0x1404", "0x3424")]
+                else:
+                    pairs += [self.do("prmt.b32", zipped, "0", s) for s in ("0x4140", "0x4342")]
+        return pairs
+
+    def ex2(self, x: str, minus: str) -> str:
+        return self.do("ex2.approx.ftz.f32", self.do("sub.f32", x, minus, kind="f"), kind="f")
+
+
+@triton.constexpr_function
+def constraints(outputs: str, inputs: str) -> str:
+    """LLVM's constraint string; outputs are written before all inputs are read."""
+    return ",".join([*("=&" + c for c in outputs), *inputs])
+
+
+_EVEN_ODD = ("0x6420", "0x7531")
+
+
+@triton.constexpr_function
+def step_state(dim: int) -> int:
+    """Numbers that a step hands on: m, l and bias of two heads, the values' scale, and the sums."""
+    return 7 + dim // 4
+
+
+class _Blocks:
+    """One method for each block of the kernel: operands are outputs, then inputs."""
+
+    @staticmethod
+    def load_keys(scheme: str, dim: int, tokens: int) -> str:
+        """Outputs: the words of U tokens. Inputs: 64-bit address of the lane's first token and part, predicate."""
+        words, rows, code = key_words(scheme, dim), tokens // 8, _Code()
+        row_bytes = words * 16
+        outputs = code.operands(0, rows * words)
+        pointer, guard = code.operands(rows * words, 2)
+        predicate = code.guard(guard)
+        for row in range(rows):
+            for word in range(0, words, 4):
+                to = outputs[row * words + word : row * words + min(word + 4, words)]
+                code.load(to, pointer, row * row_bytes + word * 16, predicate)
+        return code.text()
+
+    @staticmethod
+    def load_values(scheme: str, dim: int, tokens: int) -> str:
+        """The same for the 2U tokens whose values the lane weighs."""
+        words, rows, code = value_words(scheme, dim), tokens // 4, _Code()
+        outputs = code.operands(0, rows * words)
+        pointer, guard = code.operands(rows * words, 2)
+        predicate = code.guard(guard)
+        for row in range(rows):
+            to = outputs[row * words : (row + 1) * words]
+            if scheme == "lm2" and dim == 64:
+                half = code.new("h")
+                code.add(f"@{predicate} ld.global.nc.L1::no_allocate.b16 {half}, [{pointer}+{row * 16}]")
+                code.add(f"mov.b32 {to[0]}, {{{half}, {half}}}")
+            else:
+                code.load(to, pointer, row * words * 32, predicate)
+        return code.text()
+
+    @staticmethod
+    def load_metadata(tokens: int) -> str:
+        """U fp16 numbers of adjacent tokens, two a register."""
+        code = _Code()
+        outputs = code.operands(0, tokens // 16)
+        pointer, guard = code.operands(tokens // 16, 2)
+        code.load(outputs, pointer, 0, code.guard(guard))
+        return code.text()
+
+    @staticmethod
+    def load_query(scheme: str, dim: int, rotated: bool, dtype: str) -> str:
+        """Query of head g -> the registers of `query_registers`, and for heads 2t and 2t + 1: unit, Σ high, Σ q.
+
+        unit · (128 high + low) is q (for fp8 keys unit · fp16); Σ q is in units of `unit`. Inputs: the head's
+        64-bit address, t, 8t, and whether the head exists (others are zeros). NaN and infinity make unit NaN.
+        """
+        code, count = _Code(), dim // 4
+        registers, _ = query_registers(scheme, dim)
+        outputs = code.operands(0, registers + 6)
+        pointer, t, source, exists = code.operands(registers + 6, 4)
+        predicate = code.guard(exists)
+        x: list[str] = []
+        for chunk in range(count // 8):  # 8 elements, 16 bytes
+            words = [code.do("mov.b32", "0") for _ in range(4)]
+            # nibbles and rotated: the t-th quarter; bytes: the t-th quarter of every 64
+            start = chunk * 8 if scheme in NIBBLE_KEYS else chunk // 2 * 64 + chunk % 2 * 8
+            code.load(words, pointer, start * 2, predicate)
+            for word in words:
+                if dtype == "bf16":
+                    x.append(code.do("shl.b32", word, "16", kind="f"))
+                    x.append(code.do("and.b32", word, "0xffff0000", kind="f"))
+                else:
+                    low, high = code.new("h"), code.new("h")
+                    code.add(f"mov.b32 {{{low}, {high}}}, {word}")
+                    x += [code.do("cvt.f32.f16", half, kind="f") for half in (low, high)]
+        if rotated:
+            x = code.butterflies(x, t)
+        largest = code.do("abs.f32", x[0], kind="f")
+        spoiled = code.do("mul.f32", x[0], "0f00000000", kind="f")
+        for value in x[1:]:
+            largest = code.do("max.f32", largest, code.do("abs.f32", value, kind="f"), kind="f")
+            spoiled = code.do("fma.rn.f32", value, "0f00000000", spoiled, kind="f")
+        largest = code.reduce("max.f32", largest, (1, 2), "f")
+        spoiled = code.reduce("add.f32", spoiled, (1, 2), "f")
+        largest = code.do("max.f32", largest, "0f0D800000", kind="f")  # 2^-100: never divides by zero
+        norm = dim**-0.5 if rotated else 1.0
+        if scheme == "fp8":
+            unit = code.do("and.b32", largest, "0x7f800000", kind="f")  # a power of two: fp16 stays exact
+            inverse = code.do("rcp.approx.f32", unit, kind="f")
+            scaled = [code.do("mul.f32", value, inverse, kind="f") for value in x]
+            for i in range(0, count, 2):
+                code.add(f"cvt.rn.f16x2.f32 {outputs[i // 2]}, {scaled[i + 1]}, {scaled[i]}")
+            sum_high, sum_all = code.do("mov.b32", "0"), code.do("mov.b32", "0")
+        else:
+            unit = code.do("mul.f32", largest, code.float(1 / (127 * 128)), kind="f")
+            inverse = code.do("div.full.f32", code.float(127 * 128), largest, kind="f")
+            parts: tuple[list[str], list[str]] = ([], [])
+            for value in x:
+                number = code.do("cvt.rni.s32.f32", code.do("mul.f32", value, inverse, kind="f"))
+                number = code.do("min.s32", code.do("max.s32", number, "-16256"), "16256")
+                high = code.do("shr.s32", code.do("add.s32", number, "64"), "7")
+                parts[0].append(high)
+                parts[1].append(code.do("mad.lo.s32", high, "-128", number))
+            packed = [[code.pack_bytes(part[i : i + 4]) for i in range(0, count, 4)] for part in parts]
+            sums = []
+            for part in packed:
+                total = code.do("mov.b32", "0")
+                for word in part:
+                    total = code.do("dp4a.s32.s32", word, "0x01010101", total)
+                sums.append(code.reduce("add.s32", total, (1, 2), "r"))
+            sum_high = sums[0]
+            sum_all = code.do("mad.lo.s32", sums[0], "128", sums[1])
+            even_odd = [
+                [
+                    code.do("prmt.b32", part[i], part[i + 1], s)
+                    for i in range(0, len(part), 2)
+                    for s in _EVEN_ODD
+                ]
+                for part in packed
+            ]
+            if scheme == "int4":
+                packed = even_odd
+            registers_ = packed[0] + packed[1]
+            if scheme == "turbo":
+                registers_ += even_odd[0][0::2] + even_odd[0][1::2]
+            for output, register in zip(outputs, registers_, strict=False):
+                code.add(f"mov.b32 {output}, {register}")
+            assert len(registers_) == registers
+        unit = code.do("fma.rn.f32", unit, code.float(norm), spoiled, kind="f")
+        target = registers
+        for value in (unit, sum_high, sum_all):
+            for head in range(2):
+                lane = code.do("add.s32", source, str(4 * head))
+                code.do("shfl.sync.idx.b32", value, lane, "0x1f", "0xffffffff", to=outputs[target])
+                target += 1
+        return code.text()
+
+    @staticmethod
+    def scores(scheme: str, dim: int) -> str:
+        """One step's scores. Outputs: for tokens a, b and heads 2t, 2t + 1: a0, a1, b0, b1: integers Σ q·code in
+        units of `unit`; for turbo then as many R, Σ q·(residual sign). For fp8 floats.
+
+        Inputs: words of tokens a and b, the query's registers, and for turbo Σ high of both heads.
+        """
+        code, words = _Code(), key_words(scheme, dim)
+        registers, high = query_registers(scheme, dim)
+        count = 8 if scheme == "turbo" else 4
+        outputs = code.operands(0, count)
+        a, b = code.operands(count, words), code.operands(count + words, words)
+        query = code.operands(count + 2 * words, registers)
+        if scheme == "fp8":
+            sums = [code.do("mov.f32", code.float(0.0), kind="f") for _ in range(4)]
+            for i in range(words):
+                rows = [[code.e4m3_pair(w[i], s) for s in ("0x1404", "0x3424")] for w in (a, b)]
+                operand = [rows[0][0], rows[1][0], rows[0][1], rows[1][1]]
+                code.mma("f32.f16.f16.f32", sums, operand, query[2 * i : 2 * i + 2], sums)
+            for output, total in zip(outputs, sums, strict=True):
+                code.add(f"mov.f32 {output}, {total}")
+            return code.text()
+        rows = [code.key_operands(scheme, w) for w in (a, b)]
+        kinds = "s32.s8.s8.s32" if scheme == "turbo" else "s32.u8.s8.s32"
+        highs, lows = ([code.do("mov.b32", "0") for _ in range(4)] for _ in range(2))
+        for i, (row_a, row_b) in enumerate(zip(*rows, strict=True)):
+            operand = [row_a[0], row_b[0], row_a[1], row_b[1]]
+            for sums, part in ((highs, query[:high]), (lows, query[high : 2 * high])):
+                code.mma(kinds, sums, operand, part[2 * i : 2 * i + 2], sums)
+        for output, x, y in zip(outputs, highs, lows, strict=False):
+            code.add(f"mad.lo.s32 {output}, {x}, 128, {y}")
+        if scheme == "turbo":
+            starts = [
+                code.do("mul.lo.s32", x, "-64") for x in code.operands(count + 2 * words + registers, 2)
+            ]
+            evens = [code.do("mov.b32", "0") for _ in range(4)]
+            odds = [code.do("mov.b32", starts[i % 2]) for i in range(4)]
+            residual = query[2 * high :]
+            for sums, mask, part in (
+                (evens, "0x08080808", residual[:words]),
+                (odds, "0x80808080", residual[words:]),
+            ):
+                for i in range(0, words, 2):
+                    masked = [code.do("and.b32", w[j], mask) for j in (i, i + 1) for w in (a, b)]
+                    code.mma("s32.u8.s8.s32", sums, masked, part[i : i + 2], sums)
+            for output, even, odd in zip(outputs[4:], evens, odds, strict=True):
+                doubled = code.do("mad.lo.s32", even, "16", odd)
+                code.add(f"shl.b32 {output}, {doubled}, 1")
+        return code.text()
+
+    @staticmethod
+    def weigh(scheme: str, dim: int) -> str:
+        """One step's softmax and values. Outputs and last inputs: the state, as in `step_state`.
+
+        Inputs before it: scores a0, a1, b0, b1 (powers of two, -inf where unseen), value scales of a and b, their
+        biases, and the words of the four tokens the lane weighs: 2i, 2i + U, 2i + 1, 2i + 1 + U. Sums are in
+        units of 1 / (the values' scale).
+        """
+        code, words, state = _Code(), value_words(scheme, dim), step_state(dim)
+        outputs = code.operands(0, state)
+        a0, a1, b0, b1, scale_a, scale_b, bias_a, bias_b = code.operands(state, 8)
+        tokens = [code.operands(state + 8 + i * words, words) for i in range(4)]
+        before = code.operands(state + 8 + 4 * words, state)
+        for output, value in zip(outputs, before, strict=True):
+            code.add(f"mov.f32 {output}, {value}")
+        m, l, bias, value_scale, sums = outputs[0:2], outputs[2:4], outputs[4:6], outputs[6], outputs[7:]
+
+        # rarely: a larger maximum, or larger values
+        tops = [code.do("max.f32", x, y, kind="f") for x, y in ((a0, b0), (a1, b1))]
+        size = code.do("mul.f32", code.do("max.f32", scale_a, scale_b, kind="f"), value_scale, kind="f")
+        wanted, any_wanted = code.new("p"), code.new("p")
+        code.add(f"setp.gt.f32 {wanted}, {size}, {code.float(LARGE_VALUE)}")
+        for top, old in zip(tops, m, strict=True):
+            limit = code.do("add.f32", old, code.float(GROWTH), kind="f")
+            code.add(f"setp.gt.or.f32 {wanted}, {top}, {limit}, {wanted}")
+        code.add(f"vote.sync.any.pred {any_wanted}, {wanted}, 0xffffffff")
+        code.add(f"@!{any_wanted} bra GO_ON")
+        size = code.reduce("max.f32", size, (4, 8, 16), "f")
+        large, shrink = code.new("p"), code.new("f")
+        code.add(f"setp.gt.f32 {large}, {size}, {code.float(LARGE_VALUE)}")
+        power = code.do("and.b32", size, "0x7f800000")
+        inverse = code.do("sub.s32", "0x82800000", power)  # 2^6 / power of two
+        code.add(f"selp.f32 {shrink}, {inverse}, 0f3F800000, {large}")
+        code.add(f"mul.f32 {value_scale}, {value_scale}, {shrink}")
+        for head in range(2):
+            top = code.reduce("max.f32", tops[head], (4, 8, 16), "f")
+            new = code.do("max.f32", m[head], top, kind="f")
+            alpha = code.ex2(m[head], new)
+            code.add(f"mov.f32 {m[head]}, {new}")
+            for x in (l[head], bias[head]):
+                code.add(f"mul.f32 {x}, {x}, {alpha}")
+            factor = code.do("mul.f32", alpha, shrink, kind="f")
+            for x in sums[head::2]:
+                code.add(f"mul.f32 {x}, {x}, {factor}")
+        code.lines.append("GO_ON:")
+
+        columns = []
+        for score, scale, offset in (((a0, a1), scale_a, bias_a), ((b0, b1), scale_b, bias_b)):
+            scaled = code.do("mul.f32", scale, value_scale, kind="f")
+            weights = []
+            for head in range(2):
+                p = code.ex2(score[head], m[head])
+                code.add(f"add.f32 {l[head]}, {l[head]}, {p}")
+                if scheme in ("int4", "int8", "lm4"):
+                    code.add(f"fma.rn.f32 {bias[head]}, {p}, {offset}, {bias[head]}")
+                weights.append(code.do("mul.f32", p, scaled, kind="f"))
+            packed = code.do("cvt.rn.f16x2.f32", weights[1], weights[0])
+            columns.append(code.do("movmatrix.sync.aligned.m8n8.trans.b16", packed))
+        first, second = (code.value_operands(scheme, dim, tokens[i], tokens[i + 1]) for i in (0, 2))
+        tiles = dim // 16
+        for i in range(tiles):
+            operand = [first[i], first[tiles + i], second[i], second[tiles + i]]
+            code.mma("f32.f16.f16.f32", sums[4 * i : 4 * i + 4], operand, columns, sums[4 * i : 4 * i + 4])
+        return code.text()
+
+    @staticmethod
+    def store_sums(dim: int) -> str:
+        """Sums of a lane, two heads -> memory. Inputs: 64-bit address of head 2t at dim (D/8)·g, the same of head
+        2t + 1, whether each exists, and the sums in the order of the state. One output, for form's sake."""
+        code, tiles = _Code(), dim // 16
+        pointers, exist = code.operands(1, 2), code.operands(3, 2)
+        sums = code.operands(5, dim // 4)
+        for head in range(2):
+            predicate = code.guard(exist[head])
+            values = [sums[4 * i + row + head] for row in (0, 2) for i in range(tiles)]
+            for i in range(0, len(values), 4):
+                group = ", ".join(values[i : i + 4])
+                code.add(f"@{predicate} st.global.v4.f32 [{pointers[head]}+{4 * i}], {{{group}}}")
+        code.add("mov.b32 $0, 0")
+        return code.text()
+
+    @staticmethod
+    def sum_over_groups() -> str:
+        """The sum of a number over the 8 lanes that share t."""
+        code = _Code()
+        total = code.reduce("add.f32", "$1", (4, 8, 16), "f")
+        code.add(f"mov.f32 $0, {total}")
+        return code.text()
+
+
+@triton.constexpr_function
+def load_keys(scheme: str, dim: int, tokens: int) -> str:
+    return _Blocks().load_keys(scheme, dim, tokens)
+
+
+@triton.constexpr_function
+def load_values(scheme: str, dim: int, tokens: int) -> str:
+    return _Blocks().load_values(scheme, dim, tokens)
+
+
+@triton.constexpr_function
+def load_metadata(tokens: int) -> str:
+    return _Blocks().load_metadata(tokens)
+
+
+@triton.constexpr_function
+def load_query(scheme: str, dim: int, rotated: bool, dtype: str) -> str:
+    return _Blocks().load_query(scheme, dim, rotated, dtype)
+
+
+@triton.constexpr_function
+def scores(scheme: str, dim: int) -> str:
+    return _Blocks().scores(scheme, dim)
+
+
+@triton.constexpr_function
+def weigh(scheme: str, dim: int) -> str:
+    return _Blocks().weigh(scheme, dim)
+
+
+@triton.constexpr_function
+def store_sums(dim: int) -> str:
+    return _Blocks().store_sums(dim)
+
+
+@triton.constexpr_function
+def sum_over_groups() -> str:
+    return _Blocks().sum_over_groups()
