@@ -24,15 +24,18 @@ _MIN_TOKENS = 128
 
 @triton.constexpr_function
 def _tile(key: str, value: str) -> int:
-    """Tokens whose codes a lane holds at a time: 64 of at most 4 bits, half as many of bytes."""
+    """Tokens whose codes a warp holds at a time: 64 of at most 4 bits, 32 of bytes, 16 unquantized."""
+    if key in ptx.PLAIN or value in ptx.PLAIN:
+        return 16
     return 64 if key in ptx.NIBBLE_KEYS and value in ("lm2", "lm4", "int4") else 32
 
 
 @triton.jit
 def _half(pairs, i: tl.constexpr):
     """Number i of fp16 pairs in a tuple of registers, as float32."""
-    bits = (pairs[i // 2] >> (16 * (i % 2))) & 0xFFFF
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.inline_asm_elementwise(
+        ptx.half_to_float(i % 2 == 1), "=&f,r", [pairs[i // 2]], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -60,7 +63,9 @@ def _load_keys(
         [(block + token * (WORDS * 16) + t * PART).to(tl.int64), wanted],
         dtype=ptx.types(COUNT, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
-    first = _load_metadata((block + META + token * 2).to(tl.int64), wanted, T)
+    first = (wanted,)
+    if SCHEME != "bf16" and SCHEME != "fp16":
+        first = _load_metadata((block + META + token * 2).to(tl.int64), wanted, T)
     second = first
     if SCHEME == "turbo" or SCHEME == "int4" or SCHEME == "int8":
         second = _load_metadata((block + META + P * 2 + token * 2).to(tl.int64), wanted, T)
@@ -75,16 +80,20 @@ def _load_values(
     """The same for values; words are of the tokens that the lane weighs, metadata of those it scores."""
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
-    BYTES: tl.constexpr = 2 if SCHEME == "lm2" and D == 64 else ptx.value_words(SCHEME, D) * 4
-    COUNT: tl.constexpr = T // 4 * ptx.value_words(SCHEME, D)
+    WORDS: tl.constexpr = ptx.value_words(SCHEME, D)
+    BYTES: tl.constexpr = 2 if SCHEME == "lm2" and D == 64 else WORDS * 4  # of a lane and token
+    PART: tl.constexpr = 16 if WORDS == 8 else BYTES
+    COUNT: tl.constexpr = T // 4 * WORDS
     weighed = row + t * (T // 4)
     words = tl.inline_asm_elementwise(
         ptx.load_values(SCHEME, D, T), ptx.constraints("r" * COUNT, "lr"),
-        [(block + OFFSET + weighed * (BYTES * 8) + g * BYTES).to(tl.int64), wanted],
+        [(block + OFFSET + weighed * (BYTES * 8) + g * PART).to(tl.int64), wanted],
         dtype=ptx.types(COUNT, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
     token = row + g * (T // 8)
-    first = _load_metadata((block + META + token * 2).to(tl.int64), wanted, T)
+    first = (wanted,)
+    if SCHEME != "bf16" and SCHEME != "fp16":
+        first = _load_metadata((block + META + token * 2).to(tl.int64), wanted, T)
     second = first
     if SCHEME == "int4" or SCHEME == "int8":
         second = _load_metadata((block + META + P * 2 + token * 2).to(tl.int64), wanted, T)
@@ -93,60 +102,92 @@ def _load_values(
 
 @triton.jit
 def _scores(
-    words, first, second, query, unit0, unit1, high0, high1, all0, all1, i: tl.constexpr,
+    words, first, second, query, high0, high1, all0, all1, i: tl.constexpr,
     SCHEME: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Step i of a tile: q·k of tokens a, b and heads 2t, 2t + 1; `unit` carries the scale."""
+    """Step i of a tile: q·k of tokens a, b and heads 2t, 2t + 1, in the query's unit and the codes'."""
     WORDS: tl.constexpr = ptx.key_words(SCHEME, D)
     QUERY: tl.constexpr = ptx.query_registers(SCHEME, D)[0]
     pair = words[2 * i * WORDS : 2 * (i + 1) * WORDS]
-    factor_a, factor_b = _half(first, 2 * i), _half(first, 2 * i + 1)
-    other_a, other_b = _half(second, 2 * i), _half(second, 2 * i + 1)
-    if SCHEME == "turbo":
-        r = tl.inline_asm_elementwise(
-            ptx.scores(SCHEME, D), ptx.constraints("r" * 8, "r" * (2 * WORDS + QUERY + 2)),
-            pair + query + (high0, high1), dtype=ptx.types(8, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        a0 = factor_a * unit0 * (r[0].to(tl.float32) * ptx.TURBO_UNIT + r[4].to(tl.float32) * other_a)
-        a1 = factor_a * unit1 * (r[1].to(tl.float32) * ptx.TURBO_UNIT + r[5].to(tl.float32) * other_a)
-        b0 = factor_b * unit0 * (r[2].to(tl.float32) * ptx.TURBO_UNIT + r[6].to(tl.float32) * other_b)
-        b1 = factor_b * unit1 * (r[3].to(tl.float32) * ptx.TURBO_UNIT + r[7].to(tl.float32) * other_b)
-    elif SCHEME == "fp8":
+    if SCHEME == "bf16" or SCHEME == "fp16" or SCHEME == "fp8":
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D), ptx.constraints("f" * 4, "r" * (2 * WORDS + QUERY)),
             pair + query, dtype=ptx.types(4, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
-        a0, a1 = r[0] * (factor_a * 256.0 * unit0), r[1] * (factor_a * 256.0 * unit1)
-        b0, b1 = r[2] * (factor_b * 256.0 * unit0), r[3] * (factor_b * 256.0 * unit1)
+        a0, a1, b0, b1 = r[0], r[1], r[2], r[3]
+        if SCHEME == "fp8":
+            factor_a, factor_b = _half(first, 2 * i), _half(first, 2 * i + 1)
+            a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
     else:
+        COUNT: tl.constexpr = 8 if SCHEME == "turbo" else 4
         r = tl.inline_asm_elementwise(
-            ptx.scores(SCHEME, D), ptx.constraints("r" * 4, "r" * (2 * WORDS + QUERY)),
-            pair + query, dtype=ptx.types(4, tl.int32), is_pure=True, pack=1,
+            ptx.scores(SCHEME, D), ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + COUNT // 4 * 2 - 2)),
+            pair + query + (high0, high1)[0 : COUNT // 4 * 2 - 2],
+            dtype=ptx.types(COUNT, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-        if SCHEME == "lm4":
-            factor_a, factor_b = factor_a * ptx.LM4_UNIT, factor_b * ptx.LM4_UNIT
-            other_a, other_b = factor_a * -ptx.LM4_MIDDLE, factor_b * -ptx.LM4_MIDDLE
-        a0 = unit0 * (r[0].to(tl.float32) * factor_a + all0 * other_a)
-        a1 = unit1 * (r[1].to(tl.float32) * factor_a + all1 * other_a)
-        b0 = unit0 * (r[2].to(tl.float32) * factor_b + all0 * other_b)
-        b1 = unit1 * (r[3].to(tl.float32) * factor_b + all1 * other_b)
+        a0, a1 = r[0].to(tl.float32), r[1].to(tl.float32)
+        b0, b1 = r[2].to(tl.float32), r[3].to(tl.float32)
+        factor_a, factor_b = _half(first, 2 * i), _half(first, 2 * i + 1)
+        if SCHEME == "turbo":
+            residual_a = _half(second, 2 * i) * (2.0 / ptx.TURBO_UNIT)
+            residual_b = _half(second, 2 * i + 1) * (2.0 / ptx.TURBO_UNIT)
+            a0, a1 = a0 + r[4].to(tl.float32) * residual_a, a1 + r[5].to(tl.float32) * residual_a
+            b0, b1 = b0 + r[6].to(tl.float32) * residual_b, b1 + r[7].to(tl.float32) * residual_b
+            a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
+        elif SCHEME == "lm4":
+            a0, a1 = (a0 - all0 * ptx.LM4_MIDDLE) * factor_a, (a1 - all1 * ptx.LM4_MIDDLE) * factor_a
+            b0, b1 = (b0 - all0 * ptx.LM4_MIDDLE) * factor_b, (b1 - all1 * ptx.LM4_MIDDLE) * factor_b
+        else:
+            bias_a, bias_b = _half(second, 2 * i), _half(second, 2 * i + 1)
+            a0, a1 = a0 * factor_a + all0 * bias_a, a1 * factor_a + all1 * bias_a
+            b0, b1 = b0 * factor_b + all0 * bias_b, b1 * factor_b + all1 * bias_b
     return a0, a1, b0, b1
+
+
+@triton.constexpr_function
+def _key_unit(scheme: str) -> float:
+    return {"turbo": ptx.TURBO_UNIT, "lm4": ptx.LM4_UNIT, "fp8": 256.0}.get(scheme, 1.0)
+
+
+@triton.constexpr_function
+def _value_unit(scheme: str) -> float:
+    """What the sums' operands are counted in, value scales apart."""
+    if scheme in ptx.PLAIN:
+        return 1.0
+    return {"fp8": 256.0, "lm2": ptx.LM2_UNIT / ptx.HALF_UNIT, "lm4": ptx.LM4_UNIT / ptx.HALF_UNIT}.get(
+        scheme, 1.0 / ptx.HALF_UNIT
+    )
+
+
+@triton.constexpr_function
+def _first_scale(scheme: str) -> float:
+    return 1.0 if scheme in ptx.PLAIN else ptx.FIRST_SCALE
 
 
 @triton.jit
 def _value_scale(first, second, i: tl.constexpr, SCHEME: tl.constexpr):
-    """Scale and bias of token i; the scale in units in which the operands of `ptx.weigh` are."""
-    scale, bias = _half(first, i), _half(second, i)
-    if SCHEME == "lm2":
-        scale = scale * (ptx.LM2_UNIT / ptx.HALF_UNIT)
-    elif SCHEME == "fp8":
-        scale = scale * 256.0
-    elif SCHEME == "lm4":
-        bias = scale * (-ptx.LM4_MIDDLE * ptx.LM4_UNIT)
-        scale = scale * (ptx.LM4_UNIT / ptx.HALF_UNIT)
+    """Scale and bias of token i."""
+    if SCHEME == "bf16" or SCHEME == "fp16":
+        scale = tl.full((32,), 1.0, tl.float32)
+        bias = scale
     else:
-        scale = scale * (1.0 / ptx.HALF_UNIT)
+        scale = _half(first, i)
+        bias = scale
+        if SCHEME == "lm4":
+            bias = scale * (-ptx.LM4_MIDDLE * ptx.LM4_UNIT)
+        elif SCHEME == "int4" or SCHEME == "int8":
+            bias = _half(second, i)
     return scale, bias
+
+
+@triton.jit
+def _keep(pairs, seen, U: tl.constexpr):
+    """fp16 pairs, zero where a token is not seen: such rows may hold anything, and 0 · NaN is NaN."""
+    kept = ()
+    for j in tl.static_range(U // 2):
+        lower, upper = tl.where(seen[2 * j], 0xFFFF, 0), tl.where(seen[2 * j + 1], -65536, 0)
+        kept = kept + (pairs[j] & (lower | upper),)
+    return kept
 
 
 @triton.jit
@@ -208,19 +249,19 @@ def _warp_decode_kernel(
         dtype=ptx.types(QUERY + 6, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
     q = prepared[0:QUERY]
-    unit = 1.0
-    if not CAP:
-        unit = scale * LOG2E
-    unit0 = prepared[QUERY].to(tl.float32, bitcast=True) * unit
-    unit1 = prepared[QUERY + 1].to(tl.float32, bitcast=True) * unit
+    unit0 = prepared[QUERY].to(tl.float32, bitcast=True) * _key_unit(KEY)
+    unit1 = prepared[QUERY + 1].to(tl.float32, bitcast=True) * _key_unit(KEY)
     high0, high1 = prepared[QUERY + 2], prepared[QUERY + 3]
     all0, all1 = prepared[QUERY + 4].to(tl.float32), prepared[QUERY + 5].to(tl.float32)
+    power0, power1 = unit0 * (scale * LOG2E), unit1 * (scale * LOG2E)
+    if CAP:
+        power0, power1 = unit0 * 0.0 + LOG2E, unit1 * 0.0 + LOG2E
 
     STATE: tl.constexpr = ptx.step_state(D)
     W: tl.constexpr = ptx.value_words(VALUE, D)
     zero = tl.zeros((32,), tl.float32)
     lowest = zero + ptx.NO_MAXIMUM
-    state = (lowest, lowest, zero, zero, zero, zero, zero + ptx.FIRST_SCALE) + (zero,) * (STATE - 7)
+    state = (lowest, lowest, zero, zero, zero, zero, zero + _first_scale(VALUE)) + (zero,) * (STATE - 7)
     for tile in range(first, last):
         more = ((tile + 1 < last) & (lane >= 0)).to(tl.int32)
         row = (tile + 1) * T % P
@@ -229,21 +270,24 @@ def _warp_decode_kernel(
         position = tile * T + g * U
         scored = ()
         for i in tl.static_range(U // 2):
-            scored = scored + _scores(
-                words, key_first, key_second, q, unit0, unit1, high0, high1, all0, all1, i, KEY, D
-            )
+            scored = scored + _scores(words, key_first, key_second, q, high0, high1, all0, all1, i, KEY, D)
         words, key_first, key_second = _load_keys(here, row, more, KEY, D, T, KEY_META, P)
+        if CAP:
+            capped = ()
+            for i in tl.static_range(U * 2):
+                capped = capped + (cap(scored[i] * (unit0 if i % 2 == 0 else unit1), scale, softcap, CAP),)
+            scored = capped
+        if (tile * T < low) | (tile * T + T > high):
+            masked, seen = (), ()
+            for i in tl.static_range(U):
+                seen = seen + ((position + i >= low) & (position + i < high),)
+            for i in tl.static_range(U * 2):
+                masked = masked + (tl.where(seen[i // 2], scored[i], float("-inf")),)
+            scored = masked
+            if VALUE != "bf16" and VALUE != "fp16":
+                value_first = _keep(value_first, seen, U)
+                value_second = _keep(value_second, seen, U)
         for i in tl.static_range(U // 2):
-            a0, a1, b0, b1 = scored[4 * i], scored[4 * i + 1], scored[4 * i + 2], scored[4 * i + 3]
-            if CAP:
-                a0 = cap(a0, scale, softcap, CAP) * LOG2E
-                a1 = cap(a1, scale, softcap, CAP) * LOG2E
-                b0 = cap(b0, scale, softcap, CAP) * LOG2E
-                b1 = cap(b1, scale, softcap, CAP) * LOG2E
-            a_seen = (position + 2 * i >= low) & (position + 2 * i < high)
-            b_seen = (position + 2 * i + 1 >= low) & (position + 2 * i + 1 < high)
-            a0, a1 = tl.where(a_seen, a0, float("-inf")), tl.where(a_seen, a1, float("-inf"))
-            b0, b1 = tl.where(b_seen, b0, float("-inf")), tl.where(b_seen, b1, float("-inf"))
             scale_a, bias_a = _value_scale(value_first, value_second, 2 * i, VALUE)
             scale_b, bias_b = _value_scale(value_first, value_second, 2 * i + 1, VALUE)
             four = (
@@ -253,8 +297,11 @@ def _warp_decode_kernel(
                 + codes[(2 * i + 1 + U) * W : (2 * i + 2 + U) * W]
             )
             state = tl.inline_asm_elementwise(
-                ptx.weigh(VALUE, D), ptx.constraints("f" * STATE, "f" * 8 + "r" * (4 * W) + "f" * STATE),
-                (a0, a1, b0, b1, scale_a, scale_b, bias_a, bias_b) + four + state,
+                ptx.weigh(VALUE, D), ptx.constraints("f" * STATE, "f" * 10 + "r" * (4 * W) + "f" * STATE),
+                scored[4 * i : 4 * i + 4]
+                + (power0, power1, scale_a, scale_b, bias_a, bias_b)
+                + four
+                + state,
                 dtype=ptx.types(STATE, tl.float32), is_pure=True, pack=1,
             )  # fmt: skip
         codes, value_first, value_second = _load_values(
@@ -275,18 +322,19 @@ def _warp_decode_kernel(
     tl.store(stats + at0 * 2 + 1, l0, mask=exists0 & (g == 0))
     tl.store(stats + at1 * 2, m1, mask=exists1 & (g == 0))
     tl.store(stats + at1 * 2 + 1, l1, mask=exists1 & (g == 0))
-    factor = 1.0 / state[6]
+    factor = _value_unit(VALUE) / state[6]
     final = ()
     for i in tl.static_range(STATE - 7):
         total = state[7 + i] * factor
         if VALUE == "int4" and i // 4 % 2 == 1:  # the upper nibble of a byte counts 16 times
             total = total * 0.0625
         final = final + (total + (bias0 if i % 2 == 0 else bias1),)
+    PART_V: tl.constexpr = 8 if W == 8 else D // 8
     tl.inline_asm_elementwise(
-        ptx.store_sums(D), ptx.constraints("r", "llrr" + "f" * (STATE - 7)),
+        ptx.store_sums(D, W == 8), ptx.constraints("r", "llrr" + "f" * (STATE - 7)),
         (
-            (partial + at0 * D + g * (D // 8)).to(tl.int64),
-            (partial + at1 * D + g * (D // 8)).to(tl.int64),
+            (partial + at0 * D + g * PART_V).to(tl.int64),
+            (partial + at1 * D + g * PART_V).to(tl.int64),
             exists0.to(tl.int32),
             exists1.to(tl.int32),
         )
@@ -302,8 +350,8 @@ def fits(query: Tensor, layout: PageLayout) -> bool:
         query.device.type == "cuda"
         and query.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and key in ptx.KEYS
-        and value in ptx.VALUES
+        and key in (*ptx.KEYS, "none")
+        and value in (*ptx.VALUES, "none")
         and layout.key_dim == layout.value_dim
         and layout.key_dim in (64, 128)
         and query.shape[1] <= _GROUP * layout.num_kv_heads
@@ -338,14 +386,15 @@ def launch(
 ) -> None:
     """Parts 0 … splits - 1 of all requests, as `paged_decode` describes partial and stats."""
     requests, query_heads, head_dim = query.shape
-    heads, key, value = layout.num_kv_heads, layout.key, layout.value
+    heads, dtype = layout.num_kv_heads, "bf16" if query.dtype == torch.bfloat16 else "fp16"
+    key, value = (dtype if codec.scheme == "none" else codec.scheme for codec in (layout.key, layout.value))
     _warp_decode_kernel[(splits, heads, requests)](
         query, pages, block_tables, context_lens, partial, stats,
         query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
-        splits, partial.shape[2], query_heads // heads, _MIN_TOKENS // _tile(key.scheme, value.scheme),
-        KEY=key.scheme, VALUE=value.scheme, ROTATED=key.rotated, VALUE_OFFSET=layout.value_offset,
-        KEY_META=layout.meta_offset, VALUE_META=layout.meta_offset + 2 * key.num_meta * layout.page_size,
+        splits, partial.shape[2], query_heads // heads, _MIN_TOKENS // _tile(key, value),
+        KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
+        KEY_META=layout.meta_offset, VALUE_META=layout.meta_offset + 2 * layout.key.num_meta * layout.page_size,
         BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
-        HEADS=heads, DTYPE="bf16" if query.dtype == torch.bfloat16 else "fp16", D=head_dim,
+        HEADS=heads, DTYPE=dtype, D=head_dim,
         P=layout.page_size, FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
     )  # fmt: skip

@@ -26,8 +26,11 @@ import triton.language as tl
 from kvq_kernels.codebook import LEVELS
 
 NIBBLE_KEYS = ("turbo", "lm4", "int4")
-KEYS = (*NIBBLE_KEYS, "int8", "fp8")
-VALUES = ("lm2", "lm4", "int4", "int8", "fp8")
+PLAIN = ("bf16", "fp16")
+"""Not quantized: the model's dtype."""
+KEYS = (*NIBBLE_KEYS, "int8", "fp8", *PLAIN)
+VALUES = ("lm2", "lm4", "int4", "int8", "fp8", *PLAIN)
+BIASED = ("int4", "int8", "lm4")
 
 # --- levels as integers -------------------------------------------------------------------------------------
 
@@ -61,20 +64,22 @@ _LM4_CODES = tuple(round(level / LM4_UNIT + LM4_MIDDLE) for level in LEVELS[4])
 @triton.constexpr_function
 def key_words(scheme: str, dim: int) -> int:
     """32-bit words of one token's key that a lane reads: a quarter."""
+    if scheme in PLAIN:
+        return dim // 8
     return dim // 32 if scheme in NIBBLE_KEYS else dim // 16
 
 
 @triton.constexpr_function
 def value_words(scheme: str, dim: int) -> int:
     """Registers of one token's value that a lane reads: an eighth (for lm2 at 64 dims half a word)."""
-    bits = {"lm2": 2, "lm4": 4, "int4": 4}.get(scheme, 8)
+    bits = {"lm2": 2, "lm4": 4, "int4": 4, "int8": 8, "fp8": 8}.get(scheme, 16)
     return max(1, dim * bits // 256)
 
 
 @triton.constexpr_function
 def query_registers(scheme: str, dim: int) -> tuple[int, int]:
     """Registers of the query that every step needs, and of these the ones that hold the high bytes."""
-    if scheme == "fp8":
+    if scheme == "fp8" or scheme in PLAIN:
         return dim // 8, dim // 8
     return dim // 8 + (dim // 16 if scheme == "turbo" else 0), dim // 16
 
@@ -242,6 +247,10 @@ class _Code:
                         for mask in ("0x000f000f", "0x00f000f0")
                     ]
             return pairs
+        if scheme in PLAIN:
+            return [
+                self.do("prmt.b32", x, y, s) for x, y in zip(a, b, strict=True) for s in ("0x5410", "0x7632")
+            ]
         if scheme == "lm4":
             a, b = ([byte for word in words for byte in self.look_up_16(word)] for words in (a, b))
         for x, y in zip(a, b, strict=True):
@@ -253,8 +262,8 @@ class _Code:
                     pairs += [self.do("prmt.b32", zipped, "0", s) for s in ("0x4140", "0x4342")]
         return pairs
 
-    def ex2(self, x: str, minus: str) -> str:
-        return self.do("ex2.approx.ftz.f32", self.do("sub.f32", x, minus, kind="f"), kind="f")
+    def ex2(self, x: str) -> str:
+        return self.do("ex2.approx.ftz.f32", x, kind="f")
 
 
 @triton.constexpr_function
@@ -302,13 +311,16 @@ class _Blocks:
                 half = code.new("h")
                 code.add(f"@{predicate} ld.global.nc.L1::no_allocate.b16 {half}, [{pointer}+{row * 16}]")
                 code.add(f"mov.b32 {to[0]}, {{{half}, {half}}}")
+            elif words == 8:  # two runs of 64 dims, so that eight lanes read 128 adjacent bytes
+                code.load(to[:4], pointer, row * dim * 2, predicate)
+                code.load(to[4:], pointer, row * dim * 2 + 128, predicate)
             else:
                 code.load(to, pointer, row * words * 32, predicate)
         return code.text()
 
     @staticmethod
     def load_metadata(tokens: int) -> str:
-        """U fp16 numbers of adjacent tokens, two a register."""
+        """U fp16 numbers of adjacent tokens, two a register; no more than U = 2 … 8."""
         code = _Code()
         outputs = code.operands(0, tokens // 16)
         pointer, guard = code.operands(tokens // 16, 2)
@@ -327,6 +339,15 @@ class _Blocks:
         outputs = code.operands(0, registers + 6)
         pointer, t, source, exists = code.operands(registers + 6, 4)
         predicate = code.guard(exists)
+        if scheme in PLAIN:
+            for chunk in range(dim // 32):
+                words = outputs[4 * chunk : 4 * chunk + 4]
+                for word in words:
+                    code.add(f"mov.b32 {word}, 0")
+                code.load(words, pointer, chunk * 64, predicate)
+            for output, value in zip(outputs[registers:], ("0x3f800000",) * 2 + ("0",) * 4, strict=True):
+                code.add(f"mov.b32 {output}, {value}")
+            return code.text()
         x: list[str] = []
         for chunk in range(count // 8):  # 8 elements, 16 bytes
             words = [code.do("mov.b32", "0") for _ in range(4)]
@@ -406,7 +427,7 @@ class _Blocks:
     @staticmethod
     def scores(scheme: str, dim: int) -> str:
         """One step's scores. Outputs: for tokens a, b and heads 2t, 2t + 1: a0, a1, b0, b1: integers Σ q·code in
-        units of `unit`; for turbo then as many R, Σ q·(residual sign). For fp8 floats.
+        units of `unit`; for turbo then as many R, ½ Σ q·(residual sign). For fp8 and unquantized keys floats.
 
         Inputs: words of tokens a and b, the query's registers, and for turbo Σ high of both heads.
         """
@@ -416,12 +437,16 @@ class _Blocks:
         outputs = code.operands(0, count)
         a, b = code.operands(count, words), code.operands(count + words, words)
         query = code.operands(count + 2 * words, registers)
-        if scheme == "fp8":
+        if scheme == "fp8" or scheme in PLAIN:
             sums = [code.do("mov.f32", code.float(0.0), kind="f") for _ in range(4)]
-            for i in range(words):
-                rows = [[code.e4m3_pair(w[i], s) for s in ("0x1404", "0x3424")] for w in (a, b)]
+            for i in range(registers // 2):
+                if scheme == "fp8":
+                    rows = [[code.e4m3_pair(w[i], s) for s in ("0x1404", "0x3424")] for w in (a, b)]
+                else:
+                    rows = [w[2 * i : 2 * i + 2] for w in (a, b)]
                 operand = [rows[0][0], rows[1][0], rows[0][1], rows[1][1]]
-                code.mma("f32.f16.f16.f32", sums, operand, query[2 * i : 2 * i + 2], sums)
+                kind = "bf16" if scheme == "bf16" else "f16"
+                code.mma(f"f32.{kind}.{kind}.f32", sums, operand, query[2 * i : 2 * i + 2], sums)
             for output, total in zip(outputs, sums, strict=True):
                 code.add(f"mov.f32 {output}, {total}")
             return code.text()
@@ -449,79 +474,98 @@ class _Blocks:
                     masked = [code.do("and.b32", w[j], mask) for j in (i, i + 1) for w in (a, b)]
                     code.mma("s32.u8.s8.s32", sums, masked, part[i : i + 2], sums)
             for output, even, odd in zip(outputs[4:], evens, odds, strict=True):
-                doubled = code.do("mad.lo.s32", even, "16", odd)
-                code.add(f"shl.b32 {output}, {doubled}, 1")
+                code.add(f"mad.lo.s32 {output}, {even}, 16, {odd}")
         return code.text()
 
     @staticmethod
     def weigh(scheme: str, dim: int) -> str:
         """One step's softmax and values. Outputs and last inputs: the state, as in `step_state`.
 
-        Inputs before it: scores a0, a1, b0, b1 (powers of two, -inf where unseen), value scales of a and b, their
-        biases, and the words of the four tokens the lane weighs: 2i, 2i + U, 2i + 1, 2i + 1 + U. Sums are in
-        units of 1 / (the values' scale).
+        Inputs before it: scores a0, a1, b0, b1 (-inf where unseen), what makes those of heads 2t and 2t + 1
+        powers of two; value scales of tokens a and b, their biases, and the words of the four tokens the lane
+        weighs: 2i, 2i + U, 2i + 1, 2i + 1 + U. Sums are in units of 1 / (the values' scale).
         """
         code, words, state = _Code(), value_words(scheme, dim), step_state(dim)
         outputs = code.operands(0, state)
-        a0, a1, b0, b1, scale_a, scale_b, bias_a, bias_b = code.operands(state, 8)
-        tokens = [code.operands(state + 8 + i * words, words) for i in range(4)]
-        before = code.operands(state + 8 + 4 * words, state)
-        for output, value in zip(outputs, before, strict=True):
+        scores_, units = code.operands(state, 4), code.operands(state + 4, 2)
+        scales, biases = code.operands(state + 6, 2), code.operands(state + 8, 2)
+        tokens = [code.operands(state + 10 + i * words, words) for i in range(4)]
+        for output, value in zip(outputs, code.operands(state + 10 + 4 * words, state), strict=True):
             code.add(f"mov.f32 {output}, {value}")
         m, l, bias, value_scale, sums = outputs[0:2], outputs[2:4], outputs[4:6], outputs[6], outputs[7:]
+        scaled_values = scheme not in PLAIN
+
+        exponents, scaled = [code.new("f") for _ in range(4)], [code.new("f") for _ in range(2)]
+
+        def prepare() -> None:
+            for i, (exponent, score) in enumerate(zip(exponents, scores_, strict=True)):
+                minus = code.do("neg.f32", m[i % 2], kind="f")
+                code.add(f"fma.rn.f32 {exponent}, {score}, {units[i % 2]}, {minus}")
+            if scaled_values:
+                for to, scale in zip(scaled, scales, strict=True):
+                    code.add(f"mul.f32 {to}, {scale}, {value_scale}")
 
         # rarely: a larger maximum, or larger values
-        tops = [code.do("max.f32", x, y, kind="f") for x, y in ((a0, b0), (a1, b1))]
-        size = code.do("mul.f32", code.do("max.f32", scale_a, scale_b, kind="f"), value_scale, kind="f")
+        prepare()
+        top = code.do("max.f32", exponents[0], exponents[1], kind="f")
+        top = code.do("max.f32", top, code.do("max.f32", exponents[2], exponents[3], kind="f"), kind="f")
         wanted, any_wanted = code.new("p"), code.new("p")
-        code.add(f"setp.gt.f32 {wanted}, {size}, {code.float(LARGE_VALUE)}")
-        for top, old in zip(tops, m, strict=True):
-            limit = code.do("add.f32", old, code.float(GROWTH), kind="f")
-            code.add(f"setp.gt.or.f32 {wanted}, {top}, {limit}, {wanted}")
+        code.add(f"setp.gt.f32 {wanted}, {top}, {code.float(GROWTH)}")
+        size = ""
+        if scaled_values:
+            size = code.do("max.f32", scaled[0], scaled[1], kind="f")
+            code.add(f"setp.gt.or.f32 {wanted}, {size}, {code.float(LARGE_VALUE)}, {wanted}")
         code.add(f"vote.sync.any.pred {any_wanted}, {wanted}, 0xffffffff")
-        code.add(f"@!{any_wanted} bra GO_ON")
-        size = code.reduce("max.f32", size, (4, 8, 16), "f")
-        large, shrink = code.new("p"), code.new("f")
-        code.add(f"setp.gt.f32 {large}, {size}, {code.float(LARGE_VALUE)}")
-        power = code.do("and.b32", size, "0x7f800000")
-        inverse = code.do("sub.s32", "0x82800000", power)  # 2^6 / power of two
-        code.add(f"selp.f32 {shrink}, {inverse}, 0f3F800000, {large}")
-        code.add(f"mul.f32 {value_scale}, {value_scale}, {shrink}")
+        code.add(f"@!{any_wanted} bra.uni GO_ON")
+        shrink = code.do("mov.f32", code.float(1.0), kind="f")
+        if scaled_values:
+            size = code.reduce("max.f32", size, (4, 8, 16), "f")
+            large = code.new("p")
+            code.add(f"setp.gt.f32 {large}, {size}, {code.float(LARGE_VALUE)}")
+            inverse = code.do(
+                "sub.s32", "0x82800000", code.do("and.b32", size, "0x7f800000")
+            )  # 2^7 / its power
+            code.add(f"selp.f32 {shrink}, {inverse}, {code.float(1.0)}, {large}")
+            code.add(f"mul.f32 {value_scale}, {value_scale}, {shrink}")
         for head in range(2):
-            top = code.reduce("max.f32", tops[head], (4, 8, 16), "f")
+            both = [code.do("mul.f32", scores_[i], units[head], kind="f") for i in (head, head + 2)]
+            top = code.reduce("max.f32", code.do("max.f32", *both, kind="f"), (4, 8, 16), "f")
             new = code.do("max.f32", m[head], top, kind="f")
-            alpha = code.ex2(m[head], new)
+            alpha = code.ex2(code.do("sub.f32", m[head], new, kind="f"))
             code.add(f"mov.f32 {m[head]}, {new}")
             for x in (l[head], bias[head]):
                 code.add(f"mul.f32 {x}, {x}, {alpha}")
             factor = code.do("mul.f32", alpha, shrink, kind="f")
             for x in sums[head::2]:
                 code.add(f"mul.f32 {x}, {x}, {factor}")
+        prepare()
         code.lines.append("GO_ON:")
 
         columns = []
-        for score, scale, offset in (((a0, a1), scale_a, bias_a), ((b0, b1), scale_b, bias_b)):
-            scaled = code.do("mul.f32", scale, value_scale, kind="f")
+        for token in range(2):
             weights = []
             for head in range(2):
-                p = code.ex2(score[head], m[head])
+                p = code.ex2(exponents[2 * token + head])
                 code.add(f"add.f32 {l[head]}, {l[head]}, {p}")
-                if scheme in ("int4", "int8", "lm4"):
-                    code.add(f"fma.rn.f32 {bias[head]}, {p}, {offset}, {bias[head]}")
-                weights.append(code.do("mul.f32", p, scaled, kind="f"))
-            packed = code.do("cvt.rn.f16x2.f32", weights[1], weights[0])
+                if scheme in BIASED:
+                    code.add(f"fma.rn.f32 {bias[head]}, {p}, {biases[token]}, {bias[head]}")
+                weights.append(code.do("mul.f32", p, scaled[token], kind="f") if scaled_values else p)
+            half = "bf16" if scheme == "bf16" else "f16"
+            packed = code.do(f"cvt.rn.{half}x2.f32", weights[1], weights[0])
             columns.append(code.do("movmatrix.sync.aligned.m8n8.trans.b16", packed))
         first, second = (code.value_operands(scheme, dim, tokens[i], tokens[i + 1]) for i in (0, 2))
         tiles = dim // 16
+        kind = "f32.bf16.bf16.f32" if scheme == "bf16" else "f32.f16.f16.f32"
         for i in range(tiles):
             operand = [first[i], first[tiles + i], second[i], second[tiles + i]]
-            code.mma("f32.f16.f16.f32", sums[4 * i : 4 * i + 4], operand, columns, sums[4 * i : 4 * i + 4])
+            code.mma(kind, sums[4 * i : 4 * i + 4], operand, columns, sums[4 * i : 4 * i + 4])
         return code.text()
 
     @staticmethod
-    def store_sums(dim: int) -> str:
+    def store_sums(dim: int, apart: bool) -> str:
         """Sums of a lane, two heads -> memory. Inputs: 64-bit address of head 2t at dim (D/8)·g, the same of head
-        2t + 1, whether each exists, and the sums in the order of the state. One output, for form's sake."""
+        2t + 1, whether each exists, and the sums in the order of the state. The second half of the lane's dims
+        follows the first, or lies `apart`, 64 further on. One output, for form's sake."""
         code, tiles = _Code(), dim // 16
         pointers, exist = code.operands(1, 2), code.operands(3, 2)
         sums = code.operands(5, dim // 4)
@@ -529,9 +573,20 @@ class _Blocks:
             predicate = code.guard(exist[head])
             values = [sums[4 * i + row + head] for row in (0, 2) for i in range(tiles)]
             for i in range(0, len(values), 4):
-                group = ", ".join(values[i : i + 4])
-                code.add(f"@{predicate} st.global.v4.f32 [{pointers[head]}+{4 * i}], {{{group}}}")
+                group, at = ", ".join(values[i : i + 4]), 4 * i
+                if apart and i >= tiles:
+                    at += 4 * (64 - tiles)
+                code.add(f"@{predicate} st.global.v4.f32 [{pointers[head]}+{at}], {{{group}}}")
         code.add("mov.b32 $0, 0")
+        return code.text()
+
+    @staticmethod
+    def half_to_float(upper: bool) -> str:
+        """One of the two fp16 numbers of a register."""
+        code = _Code()
+        code.new("h"), code.new("h")
+        code.add("mov.b32 {h1, h2}, $1")
+        code.add(f"cvt.f32.f16 $0, h{1 + upper}")
         return code.text()
 
     @staticmethod
@@ -574,8 +629,13 @@ def weigh(scheme: str, dim: int) -> str:
 
 
 @triton.constexpr_function
-def store_sums(dim: int) -> str:
-    return _Blocks().store_sums(dim)
+def store_sums(dim: int, apart: bool) -> str:
+    return _Blocks().store_sums(dim, apart)
+
+
+@triton.constexpr_function
+def half_to_float(upper: bool) -> str:
+    return _Blocks().half_to_float(upper)
 
 
 @triton.constexpr_function
