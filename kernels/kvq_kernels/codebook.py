@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 LEVELS: dict[int, tuple[float, ...]] = {
-    bits: tuple(-x for x in reversed(half)) + half
-    for bits, half in {
-        2: (0.45278003, 1.51041761),
-        3: (0.24509418, 0.75600528, 1.34390928, 2.1519457),
-        4: tuple(n / 19.56 for n in (2.5, 7.5, 12.5, 18.5, 24.5, 31.5, 40.5, 53.5)),
-    }.items()
-}  # fmt: skip
+    bits: tuple(sign * n / per_unit for sign, half in ((-1, integers[::-1]), (1, integers)) for n in half)
+    for bits, per_unit, integers in (
+        (2, 121.305, (55, 183)),
+        (3, 40.92, (10, 31, 55, 88)),
+        (4, 19.56, (2.5, 7.5, 12.5, 18.5, 24.5, 31.5, 40.5, 53.5)),
+    )
+}
 """bits -> the levels of the Lloyd-Max quantizer of a unit normal, ascending: a code is an index into them.
 
-S. Lloyd, Least squares quantization in PCM (1982); J. Max, Quantizing for minimum distortion (1960). At 4 bits
-the levels are multiples of one unit that seven bits hold, so that kernels look up bytes: 0.3% more distortion.
+S. Lloyd, Least squares quantization in PCM (1982); J. Max, Quantizing for minimum distortion (1960). Levels
+are small multiples of a unit, so that kernels look them up as bytes, exactly; the distortion is that of the
+best levels to within 0.01% at 2 and 3 bits and 0.4% at 4.
 """
 
 LARGEST = float(2**30)

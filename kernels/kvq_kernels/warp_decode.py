@@ -22,7 +22,6 @@ _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 
 
-@triton.constexpr_function
 def _tile(key: str, value: str) -> int:
     """Tokens whose codes a warp holds at a time: 64 of at most 4 bits, 32 of bytes, 16 unquantized."""
     if key in ptx.PLAIN or value in ptx.PLAIN:
@@ -31,84 +30,66 @@ def _tile(key: str, value: str) -> int:
 
 
 @triton.jit
-def _half(pairs, i: tl.constexpr):
-    """Number i of fp16 pairs in a tuple of registers, as float32."""
+def _half(pair, i: tl.constexpr):
+    """Number i, 0 or 1, of a register of two fp16 numbers, as float32."""
     return tl.inline_asm_elementwise(
-        ptx.half_to_float(i % 2 == 1), "=&f,r", [pairs[i // 2]], dtype=tl.float32, is_pure=True, pack=1
+        ptx.half_to_float(i == 1), "=&f,r", [pair], dtype=tl.float32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def _load_metadata(address, wanted, T: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        ptx.load_metadata(T), ptx.constraints("r" * (T // 16), "lr"), [address, wanted],
-        dtype=ptx.types(T // 16, tl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _load_keys(
-    block, row, wanted, SCHEME: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    META: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Tokens `row` … of a block: their words, first and second metadata."""
-    lane = tl.arange(0, 32)
-    g, t = lane // 4, lane % 4
-    WORDS: tl.constexpr = ptx.key_words(SCHEME, D)
-    COUNT: tl.constexpr = T // 8 * WORDS
-    PART: tl.constexpr = 16 if WORDS > 4 else WORDS * 4
-    token = row + g * (T // 8)
-    words = tl.inline_asm_elementwise(
-        ptx.load_keys(SCHEME, D, T), ptx.constraints("r" * COUNT, "lr"),
-        [(block + token * (WORDS * 16) + t * PART).to(tl.int64), wanted],
+    address, metadata, wanted, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr, P: tl.constexpr
+):
+    """Step i of a tile, see `ptx.load_keys`."""
+    COUNT: tl.constexpr = 2 * ptx.key_words(SCHEME, D) + ptx.key_numbers(SCHEME)
+    return tl.inline_asm_elementwise(
+        ptx.load_keys(SCHEME, D, i, P), ptx.constraints("r" * COUNT, "llr"), [address, metadata, wanted],
         dtype=ptx.types(COUNT, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
-    first = (wanted,)
-    if SCHEME != "bf16" and SCHEME != "fp16":
-        first = _load_metadata((block + META + token * 2).to(tl.int64), wanted, T)
-    second = first
-    if SCHEME == "turbo" or SCHEME == "int4" or SCHEME == "int8":
-        second = _load_metadata((block + META + P * 2 + token * 2).to(tl.int64), wanted, T)
-    return words, first, second
 
 
 @triton.jit
 def _load_values(
-    block, row, wanted, SCHEME: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    OFFSET: tl.constexpr, META: tl.constexpr, P: tl.constexpr,
+    address, metadata, wanted, i: tl.constexpr,
+    SCHEME: tl.constexpr, D: tl.constexpr, T: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The same for values; words are of the tokens that the lane weighs, metadata of those it scores."""
-    lane = tl.arange(0, 32)
-    g, t = lane // 4, lane % 4
-    WORDS: tl.constexpr = ptx.value_words(SCHEME, D)
-    BYTES: tl.constexpr = 2 if SCHEME == "lm2" and D == 64 else WORDS * 4  # of a lane and token
-    PART: tl.constexpr = 16 if WORDS == 8 else BYTES
-    COUNT: tl.constexpr = T // 4 * WORDS
-    weighed = row + t * (T // 4)
-    words = tl.inline_asm_elementwise(
-        ptx.load_values(SCHEME, D, T), ptx.constraints("r" * COUNT, "lr"),
-        [(block + OFFSET + weighed * (BYTES * 8) + g * PART).to(tl.int64), wanted],
-        dtype=ptx.types(COUNT, tl.int32), is_pure=False, pack=1,
+    """Step i of a tile, see `ptx.load_values`."""
+    COUNT: tl.constexpr = 4 * ptx.value_words(SCHEME, D) + ptx.value_numbers(SCHEME)
+    return tl.inline_asm_elementwise(
+        ptx.load_values(SCHEME, D, i, T, P), ptx.constraints("r" * COUNT, "llr"),
+        [address, metadata, wanted], dtype=ptx.types(COUNT, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
-    token = row + g * (T // 8)
-    first = (wanted,)
-    if SCHEME != "bf16" and SCHEME != "fp16":
-        first = _load_metadata((block + META + token * 2).to(tl.int64), wanted, T)
-    second = first
-    if SCHEME == "int4" or SCHEME == "int8":
-        second = _load_metadata((block + META + P * 2 + token * 2).to(tl.int64), wanted, T)
-    return words, first, second
 
 
 @triton.jit
-def _scores(
-    words, first, second, query, high0, high1, all0, all1, i: tl.constexpr,
-    SCHEME: tl.constexpr, D: tl.constexpr,
+def _addresses(
+    block, row, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr, KEY_META: tl.constexpr, VALUE_META: tl.constexpr,
 ):  # fmt: skip
-    """Step i of a tile: q·k of tokens a, b and heads 2t, 2t + 1, in the query's unit and the codes'."""
+    """Where the lane finds a tile that starts at `row` of a block: keys, their metadata, the same of values."""
+    lane = tl.arange(0, 32)
+    g, t = lane // 4, lane % 4
+    WORDS: tl.constexpr = ptx.key_words(KEY, D)
+    PART: tl.constexpr = 16 if WORDS > 4 else WORDS * 4
+    VALUE_WORDS: tl.constexpr = ptx.value_words(VALUE, D)
+    BYTES: tl.constexpr = 2 if VALUE == "lm2" and D == 64 else VALUE_WORDS * 4  # of a lane and token
+    VALUE_PART: tl.constexpr = 16 if VALUE_WORDS == 8 else BYTES
+    token, weighed = row + g * (T // 8), row + t * (T // 4)
+    return (
+        (block + token * (WORDS * 16) + t * PART).to(tl.int64),
+        (block + KEY_META + token * 2).to(tl.int64),
+        (block + VALUE_OFFSET + weighed * (BYTES * 8) + g * VALUE_PART).to(tl.int64),
+        (block + VALUE_META + token * 2).to(tl.int64),
+    )
+
+
+@triton.jit
+def _scores(loaded, query, high0, high1, all0, all1, SCHEME: tl.constexpr, D: tl.constexpr):
+    """One step: q·k of tokens a, b and heads 2t, 2t + 1, in the query's unit and the codes'."""
     WORDS: tl.constexpr = ptx.key_words(SCHEME, D)
     QUERY: tl.constexpr = ptx.query_registers(SCHEME, D)[0]
-    pair = words[2 * i * WORDS : 2 * (i + 1) * WORDS]
+    pair = loaded[0 : 2 * WORDS]
     if SCHEME == "bf16" or SCHEME == "fp16" or SCHEME == "fp8":
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D), ptx.constraints("f" * 4, "r" * (2 * WORDS + QUERY)),
@@ -116,7 +97,7 @@ def _scores(
         )  # fmt: skip
         a0, a1, b0, b1 = r[0], r[1], r[2], r[3]
         if SCHEME == "fp8":
-            factor_a, factor_b = _half(first, 2 * i), _half(first, 2 * i + 1)
+            factor_a, factor_b = _half(loaded[2 * WORDS], 0), _half(loaded[2 * WORDS], 1)
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
     else:
         COUNT: tl.constexpr = 8 if SCHEME == "turbo" else 4
@@ -127,10 +108,10 @@ def _scores(
         )  # fmt: skip
         a0, a1 = r[0].to(tl.float32), r[1].to(tl.float32)
         b0, b1 = r[2].to(tl.float32), r[3].to(tl.float32)
-        factor_a, factor_b = _half(first, 2 * i), _half(first, 2 * i + 1)
+        factor_a, factor_b = _half(loaded[2 * WORDS], 0), _half(loaded[2 * WORDS], 1)
         if SCHEME == "turbo":
-            residual_a = _half(second, 2 * i) * (2.0 / ptx.TURBO_UNIT)
-            residual_b = _half(second, 2 * i + 1) * (2.0 / ptx.TURBO_UNIT)
+            residual_a = _half(loaded[2 * WORDS + 1], 0) * (2.0 / ptx.TURBO_UNIT)
+            residual_b = _half(loaded[2 * WORDS + 1], 1) * (2.0 / ptx.TURBO_UNIT)
             a0, a1 = a0 + r[4].to(tl.float32) * residual_a, a1 + r[5].to(tl.float32) * residual_a
             b0, b1 = b0 + r[6].to(tl.float32) * residual_b, b1 + r[7].to(tl.float32) * residual_b
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
@@ -138,7 +119,7 @@ def _scores(
             a0, a1 = (a0 - all0 * ptx.LM4_MIDDLE) * factor_a, (a1 - all1 * ptx.LM4_MIDDLE) * factor_a
             b0, b1 = (b0 - all0 * ptx.LM4_MIDDLE) * factor_b, (b1 - all1 * ptx.LM4_MIDDLE) * factor_b
         else:
-            bias_a, bias_b = _half(second, 2 * i), _half(second, 2 * i + 1)
+            bias_a, bias_b = _half(loaded[2 * WORDS + 1], 0), _half(loaded[2 * WORDS + 1], 1)
             a0, a1 = a0 * factor_a + all0 * bias_a, a1 * factor_a + all1 * bias_a
             b0, b1 = b0 * factor_b + all0 * bias_b, b1 * factor_b + all1 * bias_b
     return a0, a1, b0, b1
@@ -165,29 +146,20 @@ def _first_scale(scheme: str) -> float:
 
 
 @triton.jit
-def _value_scale(first, second, i: tl.constexpr, SCHEME: tl.constexpr):
-    """Scale and bias of token i."""
+def _value_scale(loaded, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr):
+    """Scale and bias of token a (0) or b (1)."""
+    WORDS: tl.constexpr = 4 * ptx.value_words(SCHEME, D)
     if SCHEME == "bf16" or SCHEME == "fp16":
         scale = tl.full((32,), 1.0, tl.float32)
         bias = scale
     else:
-        scale = _half(first, i)
+        scale = _half(loaded[WORDS], i)
         bias = scale
         if SCHEME == "lm4":
             bias = scale * (-ptx.LM4_MIDDLE * ptx.LM4_UNIT)
         elif SCHEME == "int4" or SCHEME == "int8":
-            bias = _half(second, i)
+            bias = _half(loaded[WORDS + 1], i)
     return scale, bias
-
-
-@triton.jit
-def _keep(pairs, seen, U: tl.constexpr):
-    """fp16 pairs, zero where a token is not seen: such rows may hold anything, and 0 · NaN is NaN."""
-    kept = ()
-    for j in tl.static_range(U // 2):
-        lower, upper = tl.where(seen[2 * j], 0xFFFF, 0), tl.where(seen[2 * j + 1], -65536, 0)
-        kept = kept + (pairs[j] & (lower | upper),)
-    return kept
 
 
 @triton.jit
@@ -205,10 +177,10 @@ def _warp_decode_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, KEY_META: tl.constexpr, VALUE_META: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, FINGERPRINT: tl.constexpr,
+    HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
+    FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
     """One part of one request's sequence and one kv head."""
-    T: tl.constexpr = _tile(KEY, VALUE)
     U: tl.constexpr = T // 8
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, 32)
@@ -230,17 +202,20 @@ def _warp_decode_kernel(
         tl.store(stats_at + 1, tl.zeros((8,), tl.float32), mask=two < group)
         return
 
-    # loads of the first tile, before the query is prepared
+    # the first tile is on its way while the query is prepared
     table = tables + request * table_stride
     block = pages + head.to(tl.int64) * BLOCK_BYTES
-    row = first * T % P
     here = block + tl.load(table + first * T // P).to(tl.int64) * page_stride
     following = tl.load(table + tl.minimum(first + 1, last - 1) * T // P)
-    yes = tl.full((32,), 1, tl.int32)
-    words, key_first, key_second = _load_keys(here, row, yes, KEY, D, T, KEY_META, P)
-    codes, value_first, value_second = _load_values(here, row, yes, VALUE, D, T, VALUE_OFFSET, VALUE_META, P)
+    at = _addresses(here, first * T % P, KEY, VALUE, D, T, VALUE_OFFSET, KEY_META, VALUE_META)
+    more = tl.full((32,), 1, tl.int32)
+    keys, values = (), ()
+    for i in tl.static_range(U // 2):
+        keys = keys + _load_keys(at[0], at[1], more, i, KEY, D, P)
+    for i in tl.static_range(U // 2):
+        values = values + _load_values(at[2], at[3], more, i, VALUE, D, T, P)
 
-    PART: tl.constexpr = D // 4 if KEY == "turbo" or KEY == "lm4" or KEY == "int4" else 16
+    PART: tl.constexpr = ptx.query_part(KEY, D)
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
     source = query + request * query_stride + (head * group + g) * query_head_stride + t * PART
     prepared = tl.inline_asm_elementwise(
@@ -262,51 +237,44 @@ def _warp_decode_kernel(
     zero = tl.zeros((32,), tl.float32)
     lowest = zero + ptx.NO_MAXIMUM
     state = (lowest, lowest, zero, zero, zero, zero, zero + _first_scale(VALUE)) + (zero,) * (STATE - 7)
+    K: tl.constexpr = 2 * ptx.key_words(KEY, D) + ptx.key_numbers(KEY)
+    V: tl.constexpr = 4 * W + ptx.value_numbers(VALUE)
     for tile in range(first, last):
         more = ((tile + 1 < last) & (lane >= 0)).to(tl.int32)
-        row = (tile + 1) * T % P
         here = block + following.to(tl.int64) * page_stride
         following = tl.load(table + tl.minimum(tile + 2, last - 1) * T // P)
+        at = _addresses(here, (tile + 1) * T % P, KEY, VALUE, D, T, VALUE_OFFSET, KEY_META, VALUE_META)
         position = tile * T + g * U
-        scored = ()
+        edge = (tile * T < low) | (tile * T + T > high)
         for i in tl.static_range(U // 2):
-            scored = scored + _scores(words, key_first, key_second, q, high0, high1, all0, all1, i, KEY, D)
-        words, key_first, key_second = _load_keys(here, row, more, KEY, D, T, KEY_META, P)
-        if CAP:
-            capped = ()
-            for i in tl.static_range(U * 2):
-                capped = capped + (cap(scored[i] * (unit0 if i % 2 == 0 else unit1), scale, softcap, CAP),)
-            scored = capped
-        if (tile * T < low) | (tile * T + T > high):
-            masked, seen = (), ()
-            for i in tl.static_range(U):
-                seen = seen + ((position + i >= low) & (position + i < high),)
-            for i in tl.static_range(U * 2):
-                masked = masked + (tl.where(seen[i // 2], scored[i], float("-inf")),)
-            scored = masked
-            if VALUE != "bf16" and VALUE != "fp16":
-                value_first = _keep(value_first, seen, U)
-                value_second = _keep(value_second, seen, U)
-        for i in tl.static_range(U // 2):
-            scale_a, bias_a = _value_scale(value_first, value_second, 2 * i, VALUE)
-            scale_b, bias_b = _value_scale(value_first, value_second, 2 * i + 1, VALUE)
-            four = (
-                codes[2 * i * W : (2 * i + 1) * W]
-                + codes[(2 * i + U) * W : (2 * i + U + 1) * W]
-                + codes[(2 * i + 1) * W : (2 * i + 2) * W]
-                + codes[(2 * i + 1 + U) * W : (2 * i + 2 + U) * W]
-            )
+            a0, a1, b0, b1 = _scores(keys[0:K], q, high0, high1, all0, all1, KEY, D)
+            # registers are filled again as soon as they are read: the next tile has all of this one's time
+            keys = keys[K:] + _load_keys(at[0], at[1], more, i, KEY, D, P)
+            loaded = values[0:V]
+            if CAP:
+                a0, a1 = cap(a0 * unit0, scale, softcap, CAP), cap(a1 * unit1, scale, softcap, CAP)
+                b0, b1 = cap(b0 * unit0, scale, softcap, CAP), cap(b1 * unit1, scale, softcap, CAP)
+            if edge:
+                a_seen = (position + 2 * i >= low) & (position + 2 * i < high)
+                b_seen = (position + 2 * i + 1 >= low) & (position + 2 * i + 1 < high)
+                a0, a1 = tl.where(a_seen, a0, float("-inf")), tl.where(a_seen, a1, float("-inf"))
+                b0, b1 = tl.where(b_seen, b0, float("-inf")), tl.where(b_seen, b1, float("-inf"))
+                # rows that hold no token may hold anything, and 0 · NaN is NaN
+                kept = tl.where(a_seen, 0xFFFF, 0) | tl.where(b_seen, -65536, 0)
+                if V == 4 * W + 1:
+                    loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept,)
+                elif V == 4 * W + 2:
+                    loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept, loaded[4 * W + 1] & kept)
+            scale_a, bias_a = _value_scale(loaded, 0, VALUE, D)
+            scale_b, bias_b = _value_scale(loaded, 1, VALUE, D)
             state = tl.inline_asm_elementwise(
                 ptx.weigh(VALUE, D), ptx.constraints("f" * STATE, "f" * 10 + "r" * (4 * W) + "f" * STATE),
-                scored[4 * i : 4 * i + 4]
-                + (power0, power1, scale_a, scale_b, bias_a, bias_b)
-                + four
+                (a0, a1, b0, b1, power0, power1, scale_a, scale_b, bias_a, bias_b)
+                + loaded[0 : 4 * W]
                 + state,
                 dtype=ptx.types(STATE, tl.float32), is_pure=True, pack=1,
             )  # fmt: skip
-        codes, value_first, value_second = _load_values(
-            here, row, more, VALUE, D, T, VALUE_OFFSET, VALUE_META, P
-        )
+            values = values[V:] + _load_values(at[2], at[3], more, i, VALUE, D, T, P)
 
     # m, l and the sums of heads 2t and 2t + 1
     out = (request * HEADS + head) * group
@@ -388,13 +356,14 @@ def launch(
     requests, query_heads, head_dim = query.shape
     heads, dtype = layout.num_kv_heads, "bf16" if query.dtype == torch.bfloat16 else "fp16"
     key, value = (dtype if codec.scheme == "none" else codec.scheme for codec in (layout.key, layout.value))
+    tile = _tile(key, value)
     _warp_decode_kernel[(splits, heads, requests)](
         query, pages, block_tables, context_lens, partial, stats,
         query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
-        splits, partial.shape[2], query_heads // heads, _MIN_TOKENS // _tile(key, value),
+        splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
         KEY_META=layout.meta_offset, VALUE_META=layout.meta_offset + 2 * layout.key.num_meta * layout.page_size,
         BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
         HEADS=heads, DTYPE=dtype, D=head_dim,
-        P=layout.page_size, FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
+        P=layout.page_size, T=tile, FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
     )  # fmt: skip

@@ -34,14 +34,14 @@ BIASED = ("int4", "int8", "lm4")
 
 # --- levels as integers -------------------------------------------------------------------------------------
 
-TURBO_LEVELS = (13, 40, 71, 114)
-TURBO_UNIT = 2.1519457 / 114 * 1.0005
-"""A 3-bit level is ± an integer of TURBO_LEVELS times this, within 0.2%."""
+TURBO_UNIT = LEVELS[3][7] / 88
+TURBO_LEVELS = tuple(round(level / TURBO_UNIT) for level in LEVELS[3])
+"""3-bit levels in units of TURBO_UNIT."""
 LM4_UNIT = 2 * LEVELS[4][15] / 107
 LM4_MIDDLE = 53.5
 """A 4-bit level is (integer - LM4_MIDDLE) · LM4_UNIT, exactly: that is how `LEVELS` has them."""
-LM2_UNIT = (LEVELS[2][2] / 55 + LEVELS[2][3] / 183) / 2
-"""A 2-bit level is ±55 or ±183 times this, within 0.13%."""
+LM2_UNIT = LEVELS[2][3] / 183
+"""A 2-bit level is ±55 or ±183 times this."""
 HALF_UNIT = 2.0**-24
 """The smallest fp16 number: the bits of an integer n below 1024 are the fp16 number n · HALF_UNIT."""
 FINGERPRINT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
@@ -77,11 +77,29 @@ def value_words(scheme: str, dim: int) -> int:
 
 
 @triton.constexpr_function
+def key_numbers(scheme: str) -> int:
+    """fp16 numbers beside the codes of a key."""
+    return 0 if scheme in PLAIN else 2 if scheme in ("turbo", "int4", "int8") else 1
+
+
+@triton.constexpr_function
+def value_numbers(scheme: str) -> int:
+    """The same of a value."""
+    return 0 if scheme in PLAIN else 2 if scheme in ("int4", "int8") else 1
+
+
+@triton.constexpr_function
 def query_registers(scheme: str, dim: int) -> tuple[int, int]:
     """Registers of the query that every step needs, and of these the ones that hold the high bytes."""
     if scheme == "fp8" or scheme in PLAIN:
         return dim // 8, dim // 8
     return dim // 8 + (dim // 16 if scheme == "turbo" else 0), dim // 16
+
+
+@triton.constexpr_function
+def query_part(scheme: str, dim: int) -> int:
+    """Elements of the query from one t to the next."""
+    return dim // 4 if scheme in NIBBLE_KEYS else 8 if scheme in PLAIN else 16
 
 
 @triton.constexpr_function
@@ -138,6 +156,11 @@ class _Code:
         vector = {1: "", 2: ".v2", 4: ".v4"}[len(to)]
         target = to[0] if len(to) == 1 else "{" + ", ".join(to) + "}"
         self.add(f"@{predicate} ld.global.nc.L1::no_allocate{vector}.b32 {target}, [{pointer}+{offset}]")
+
+    def load_numbers(self, to: Sequence[str], pointer: str, step: int, page: int, predicate: str) -> None:
+        """fp16 metadata of tokens a and b of a step, each kind `page` numbers further on."""
+        for i, register in enumerate(to):
+            self.load([register], pointer, 4 * step + 2 * page * i, predicate)
 
     def guard(self, operand: str) -> str:
         predicate = self.new("p")
@@ -207,7 +230,7 @@ class _Code:
             ]
         if scheme == "lm4":
             return [self.look_up_16(word) for word in words]
-        table = self.table([-n for n in reversed(TURBO_LEVELS)] + list(TURBO_LEVELS))
+        table = self.table(TURBO_LEVELS)
         result = []
         for word in words:
             index = self.do("and.b32", word, "0x77777777")
@@ -285,28 +308,32 @@ class _Blocks:
     """One method for each block of the kernel: operands are outputs, then inputs."""
 
     @staticmethod
-    def load_keys(scheme: str, dim: int, tokens: int) -> str:
-        """Outputs: the words of U tokens. Inputs: 64-bit address of the lane's first token and part, predicate."""
-        words, rows, code = key_words(scheme, dim), tokens // 8, _Code()
-        row_bytes = words * 16
-        outputs = code.operands(0, rows * words)
-        pointer, guard = code.operands(rows * words, 2)
+    def load_keys(scheme: str, dim: int, step: int, page: int) -> str:
+        """Outputs: words of tokens a and b of a step, and a register of each metadata, tokens a and b.
+
+        Inputs: 64-bit addresses of the tile's first token of g, at the lane's part, and of its metadata; and
+        whether to load.
+        """
+        code, words, numbers = _Code(), key_words(scheme, dim), key_numbers(scheme)
+        outputs = code.operands(0, 2 * words + numbers)
+        pointer, metadata, guard = code.operands(2 * words + numbers, 3)
         predicate = code.guard(guard)
-        for row in range(rows):
+        for token in range(2):
             for word in range(0, words, 4):
-                to = outputs[row * words + word : row * words + min(word + 4, words)]
-                code.load(to, pointer, row * row_bytes + word * 16, predicate)
+                to = outputs[token * words + word : token * words + min(word + 4, words)]
+                code.load(to, pointer, (2 * step + token) * words * 16 + word * 16, predicate)
+        code.load_numbers(outputs[2 * words :], metadata, step, page, predicate)
         return code.text()
 
     @staticmethod
-    def load_values(scheme: str, dim: int, tokens: int) -> str:
-        """The same for the 2U tokens whose values the lane weighs."""
-        words, rows, code = value_words(scheme, dim), tokens // 4, _Code()
-        outputs = code.operands(0, rows * words)
-        pointer, guard = code.operands(rows * words, 2)
-        predicate = code.guard(guard)
-        for row in range(rows):
-            to = outputs[row * words : (row + 1) * words]
+    def load_values(scheme: str, dim: int, step: int, tokens: int, page: int) -> str:
+        """The same for values: words of the four tokens the lane weighs in a step, metadata of a and b."""
+        code, words, numbers = _Code(), value_words(scheme, dim), value_numbers(scheme)
+        outputs = code.operands(0, 4 * words + numbers)
+        pointer, metadata, guard = code.operands(4 * words + numbers, 3)
+        predicate, rows = code.guard(guard), tokens // 8
+        for i, row in enumerate((2 * step, 2 * step + rows, 2 * step + 1, 2 * step + 1 + rows)):
+            to = outputs[i * words : (i + 1) * words]
             if scheme == "lm2" and dim == 64:
                 half = code.new("h")
                 code.add(f"@{predicate} ld.global.nc.L1::no_allocate.b16 {half}, [{pointer}+{row * 16}]")
@@ -316,15 +343,7 @@ class _Blocks:
                 code.load(to[4:], pointer, row * dim * 2 + 128, predicate)
             else:
                 code.load(to, pointer, row * words * 32, predicate)
-        return code.text()
-
-    @staticmethod
-    def load_metadata(tokens: int) -> str:
-        """U fp16 numbers of adjacent tokens, two a register; no more than U = 2 … 8."""
-        code = _Code()
-        outputs = code.operands(0, tokens // 16)
-        pointer, guard = code.operands(tokens // 16, 2)
-        code.load(outputs, pointer, 0, code.guard(guard))
+        code.load_numbers(outputs[4 * words :], metadata, step, page, predicate)
         return code.text()
 
     @staticmethod
@@ -599,18 +618,13 @@ class _Blocks:
 
 
 @triton.constexpr_function
-def load_keys(scheme: str, dim: int, tokens: int) -> str:
-    return _Blocks().load_keys(scheme, dim, tokens)
+def load_keys(scheme: str, dim: int, step: int, page: int) -> str:
+    return _Blocks().load_keys(scheme, dim, step, page)
 
 
 @triton.constexpr_function
-def load_values(scheme: str, dim: int, tokens: int) -> str:
-    return _Blocks().load_values(scheme, dim, tokens)
-
-
-@triton.constexpr_function
-def load_metadata(tokens: int) -> str:
-    return _Blocks().load_metadata(tokens)
+def load_values(scheme: str, dim: int, step: int, tokens: int, page: int) -> str:
+    return _Blocks().load_values(scheme, dim, step, tokens, page)
 
 
 @triton.constexpr_function
