@@ -163,6 +163,18 @@ def _value_scale(loaded, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr)
 
 
 @triton.jit
+def _keep_seen(words, position, low, high, U: tl.constexpr, W: tl.constexpr):
+    """Words of the four tokens that the lane weighs in a step, zero where a token is not seen."""
+    kept = ()
+    for i in tl.static_range(4):
+        token = position + i // 2 + i % 2 * U
+        mask = tl.where((token >= low) & (token < high), -1, 0)
+        for j in tl.static_range(W):
+            kept = kept + (words[i * W + j] & mask,)
+    return kept
+
+
+@triton.jit
 def _sum_over_groups(x):
     return tl.inline_asm_elementwise(
         ptx.sum_over_groups(), "=&f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -260,6 +272,8 @@ def _warp_decode_kernel(
                 a0, a1 = tl.where(a_seen, a0, float("-inf")), tl.where(a_seen, a1, float("-inf"))
                 b0, b1 = tl.where(b_seen, b0, float("-inf")), tl.where(b_seen, b1, float("-inf"))
                 # rows that hold no token may hold anything, and 0 · NaN is NaN
+                if V == 4 * W:
+                    loaded = _keep_seen(loaded, tile * T + t * (2 * U) + 2 * i, low, high, U, W)
                 kept = tl.where(a_seen, 0xFFFF, 0) | tl.where(b_seen, -65536, 0)
                 if V == 4 * W + 1:
                     loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept,)
