@@ -391,7 +391,8 @@ def paged_decode(
             KEY_META=layout.key.num_meta, VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
             BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, HAS_RAW=raw is not None,
             SINK=sink, RECENT=recent, HEADS=layout.num_kv_heads, GP=padded, DTYPE=DTYPES[query.dtype],
-            DK=key_dim, DKP=triton.next_power_of_2(key_dim), DV=value_dim, DVP=triton.next_power_of_2(value_dim),
+            DK=key_dim, DKP=triton.next_power_of_2(key_dim),
+            DV=value_dim, DVP=triton.next_power_of_2(value_dim),
             P=layout.page_size, N=tokens, MIN_TILES=_MIN_TILES,
             num_warps=4, num_stages=2,
         )  # fmt: skip

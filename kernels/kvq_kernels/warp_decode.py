@@ -4,6 +4,8 @@ Nothing passes through shared memory and no two lanes exchange unpacked numbers:
 lane holds what. Parts of a sequence are merged by `paged_decode`'s second launch.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +25,10 @@ _MIN_TOKENS = 128
 
 
 def _tile(key: str, value: str) -> int:
-    """Tokens whose codes a warp holds at a time: 64 of at most 4 bits, 32 of bytes, 16 unquantized."""
+    """Tokens whose codes a warp holds at a time, so that no register spills."""
     if key in ptx.PLAIN or value in ptx.PLAIN:
         return 16
-    return 64 if key in ptx.NIBBLE_KEYS and value in ("lm2", "lm4", "int4") else 32
+    return 64 if key in ptx.NIBBLE_KEYS and value == "lm2" else 32
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def _addresses(
     block, row, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, KEY_META: tl.constexpr, VALUE_META: tl.constexpr,
 ):  # fmt: skip
-    """Where the lane finds a tile that starts at `row` of a block: keys, their metadata, the same of values."""
+    """Where the lane finds a tile from `row` of a block on: keys, their metadata, the same of values."""
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
     WORDS: tl.constexpr = ptx.key_words(KEY, D)
@@ -102,7 +104,8 @@ def _scores(loaded, query, high0, high1, all0, all1, SCHEME: tl.constexpr, D: tl
     else:
         COUNT: tl.constexpr = 8 if SCHEME == "turbo" else 4
         r = tl.inline_asm_elementwise(
-            ptx.scores(SCHEME, D), ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + COUNT // 4 * 2 - 2)),
+            ptx.scores(SCHEME, D),
+            ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + COUNT // 4 * 2 - 2)),
             pair + query + (high0, high1)[0 : COUNT // 4 * 2 - 2],
             dtype=ptx.types(COUNT, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
@@ -170,7 +173,7 @@ def _keep_seen(words, position, low, high, U: tl.constexpr, W: tl.constexpr):
         token = position + i // 2 + i % 2 * U
         mask = tl.where((token >= low) & (token < high), -1, 0)
         for j in tl.static_range(W):
-            kept = kept + (words[i * W + j] & mask,)
+            kept = kept + (words[i * W + j] & mask,)  # type: ignore[assignment]
     return kept
 
 
@@ -310,7 +313,7 @@ def _warp_decode_kernel(
         total = state[7 + i] * factor
         if VALUE == "int4" and i // 4 % 2 == 1:  # the upper nibble of a byte counts 16 times
             total = total * 0.0625
-        final = final + (total + (bias0 if i % 2 == 0 else bias1),)
+        final = final + (total + (bias0 if i % 2 == 0 else bias1),)  # type: ignore[assignment]
     PART_V: tl.constexpr = 8 if W == 8 else D // 8
     tl.inline_asm_elementwise(
         ptx.store_sums(D, W == 8), ptx.constraints("r", "llrr" + "f" * (STATE - 7)),
@@ -325,22 +328,24 @@ def _warp_decode_kernel(
     )  # fmt: skip
 
 
+@lru_cache(maxsize=16)
+def has_products(device: torch.device) -> bool:
+    """Whether the device has the `mma` of bytes and fp16."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def fits(query: Tensor, layout: PageLayout) -> bool:
     """Whether this kernel takes the case; all others go to the portable one."""
-    key, value = layout.key.scheme, layout.value.scheme
     return (
-        query.device.type == "cuda"
+        has_products(query.device)
         and query.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and key in (*ptx.KEYS, "none")
-        and value in (*ptx.VALUES, "none")
+        and layout.key.scheme in (*ptx.KEYS, "none")
+        and layout.value.scheme in (*ptx.VALUES, "none")
         and layout.key_dim == layout.value_dim
         and layout.key_dim in (64, 128)
         and query.shape[1] <= _GROUP * layout.num_kv_heads
         and layout.page_size % 64 == 0
-        and query.stride(0) % 8 == 0
-        and query.stride(1) % 8 == 0
-        and query.data_ptr() % 16 == 0
+        and query.stride(0) % 8 == query.stride(1) % 8 == query.data_ptr() % 16 == 0
     )
 
 
@@ -376,7 +381,8 @@ def launch(
         query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
         splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
-        KEY_META=layout.meta_offset, VALUE_META=layout.meta_offset + 2 * layout.key.num_meta * layout.page_size,
+        KEY_META=layout.meta_offset,
+        VALUE_META=layout.meta_offset + 2 * layout.key.num_meta * layout.page_size,
         BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
         HEADS=heads, DTYPE=dtype, D=head_dim,
         P=layout.page_size, T=tile, FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,

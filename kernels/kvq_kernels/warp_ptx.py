@@ -204,8 +204,8 @@ class _Code:
     def look_up_16(self, word: str) -> tuple[str, str]:
         """8 nibbles -> 8 bytes of the 4-bit codebook, none above 127.
 
-        Where a selector's highest bit is set, `prmt` gives the sign of the byte, here 0: so of two look-ups, one
-        with that bit flipped, one gives the byte and the other nothing.
+        Where a selector's highest bit is set, `prmt` gives the sign of the byte, here 0: so of two look-ups,
+        one with that bit flipped, one gives the byte and the other nothing.
         """
         lower, upper = self.table(_LM4_CODES[:8]), self.table(_LM4_CODES[8:])
         flipped = self.do("xor.b32", word, "0x88888888")
@@ -348,10 +348,11 @@ class _Blocks:
 
     @staticmethod
     def load_query(scheme: str, dim: int, rotated: bool, dtype: str) -> str:
-        """Query of head g -> the registers of `query_registers`, and for heads 2t and 2t + 1: unit, Σ high, Σ q.
+        """Query of head g -> the registers of `query_registers`, and of heads 2t, 2t + 1: unit, Σ high, Σ q.
 
-        unit · (128 high + low) is q (for fp8 keys unit · fp16); Σ q is in units of `unit`. Inputs: the head's
-        64-bit address, t, 8t, and whether the head exists (others are zeros). NaN and infinity make unit NaN.
+        unit · (128 high + low) is q (for fp8 keys unit · fp16); Σ q is in units of `unit`. Inputs: the
+        head's 64-bit address, t, 8t, and whether the head exists (others are zeros). NaN and infinity make
+        unit NaN. Unquantized keys meet the query as it is.
         """
         code, count = _Code(), dim // 4
         registers, _ = query_registers(scheme, dim)
@@ -445,8 +446,9 @@ class _Blocks:
 
     @staticmethod
     def scores(scheme: str, dim: int) -> str:
-        """One step's scores. Outputs: for tokens a, b and heads 2t, 2t + 1: a0, a1, b0, b1: integers Σ q·code in
-        units of `unit`; for turbo then as many R, ½ Σ q·(residual sign). For fp8 and unquantized keys floats.
+        """One step's scores. Outputs: for tokens a, b and heads 2t, 2t + 1: a0, a1, b0, b1: integers
+        Σ q·code in units of `unit`; for turbo then as many R, ½ Σ q·(residual sign). For fp8 and unquantized
+        keys floats.
 
         Inputs: words of tokens a and b, the query's registers, and for turbo Σ high of both heads.
         """
@@ -469,10 +471,10 @@ class _Blocks:
             for output, total in zip(outputs, sums, strict=True):
                 code.add(f"mov.f32 {output}, {total}")
             return code.text()
-        rows = [code.key_operands(scheme, w) for w in (a, b)]
+        coded = [code.key_operands(scheme, w) for w in (a, b)]
         kinds = "s32.s8.s8.s32" if scheme == "turbo" else "s32.u8.s8.s32"
         highs, lows = ([code.do("mov.b32", "0") for _ in range(4)] for _ in range(2))
-        for i, (row_a, row_b) in enumerate(zip(*rows, strict=True)):
+        for i, (row_a, row_b) in enumerate(zip(*coded, strict=True)):
             operand = [row_a[0], row_b[0], row_a[1], row_b[1]]
             for sums, part in ((highs, query[:high]), (lows, query[high : 2 * high])):
                 code.mma(kinds, sums, operand, part[2 * i : 2 * i + 2], sums)
@@ -582,9 +584,9 @@ class _Blocks:
 
     @staticmethod
     def store_sums(dim: int, apart: bool) -> str:
-        """Sums of a lane, two heads -> memory. Inputs: 64-bit address of head 2t at dim (D/8)·g, the same of head
-        2t + 1, whether each exists, and the sums in the order of the state. The second half of the lane's dims
-        follows the first, or lies `apart`, 64 further on. One output, for form's sake."""
+        """Sums of a lane, two heads -> memory. Inputs: 64-bit address of head 2t at the lane's first dim, the
+        same of head 2t + 1, whether each exists, and the sums in the order of the state. The second half of
+        the lane's dims follows the first, or lies `apart`, 64 further on. One output, for form's sake."""
         code, tiles = _Code(), dim // 16
         pointers, exist = code.operands(1, 2), code.operands(3, 2)
         sums = code.operands(5, dim // 4)

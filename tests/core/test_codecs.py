@@ -75,11 +75,19 @@ def test_lloyd_max_reaches_its_distortion(bits: int, distortion: float) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_levels_are_centroids_of_their_cells(bits: int) -> None:
+    """But for what makes them small multiples of a unit."""
     edges = [-math.inf, *thresholds(bits), math.inf]
     for level, low, high in zip(LEVELS[bits], edges, edges[1:], strict=False):
         density = [math.exp(-e * e / 2) / math.sqrt(2 * math.pi) for e in (low, high)]
         mass = 0.5 * (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2)))
-        assert level == pytest.approx((density[0] - density[1]) / mass, abs=2e-8)
+        assert level == pytest.approx((density[0] - density[1]) / mass, abs=0.02)
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(2, 183), (3, 88), (4, 53.5)])
+def test_levels_are_multiples_that_bytes_hold(bits: int, largest: float) -> None:
+    multiples = [level / LEVELS[bits][-1] * largest for level in LEVELS[bits]]
+    assert multiples == pytest.approx([-x for x in reversed(multiples)])
+    assert [2 * x for x in multiples] == pytest.approx([round(2 * x) for x in multiples])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

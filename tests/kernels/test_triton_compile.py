@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("a process that interprets kernels can't compile them", allow_module_level=True)
 
-from kvq_kernels import paged_decode, paged_prefill, quantize_store, reference
+from kvq_kernels import paged_decode, paged_prefill, quantize_store, reference, warp_decode
 from tests.kernels.compiling import SHARED_LIMIT, recording, resources
 
 FULL = {"window": 100, "softcap": 5.0, "sinks": True, "sink": 4, "recent": 20}
@@ -28,6 +28,7 @@ CASES = {
     "qjl-D64": (Case("qjl", "qjl"), (75, 90)),
     "float32-D128": (Case("turbo", "int8", key_dim=128, value_dim=128), (86, 90)),
 }
+WARP_CASES = ("turbo-D128", "int-D128", "none-D128", "fp8-D64", "turbo-raw-D64")
 
 
 def fits(dtype: torch.dtype, device: torch.device, *, capability: int) -> bool:
@@ -54,7 +55,7 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
     )
     problem = build(case, reference.store, reference.store_raw)
     chunked = build(replace(case, chunks=(40,)), reference.store, reference.store_raw)
-    with recording(quantize_store, paged_decode, paged_prefill) as launches:
+    with recording(quantize_store, paged_decode, paged_prefill, warp_decode) as launches:
         for tokens in (1, 200) if "raw" in name else (200,):
             slots = problem.slots[:tokens]
             quantize_store.store(
@@ -66,14 +67,18 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
                 problem.keys[0][:1], problem.values[0][:1], ring.long(), ring, problem.raw
             )
         decode(problem, paged_decode.paged_decode, splits=4)
+        monkeypatch.setattr(warp_decode, "has_products", lambda device: capability >= 80)
+        decode(problem, paged_decode.paged_decode, splits=4)
         prefill(chunked, paged_prefill.paged_prefill)
     assert {launch.name for launch in launches} >= {
         "_store_kernel", "_decode_kernel", "_merge_kernel", "_history_kernel", "_fresh_kernel",
     }  # fmt: skip
+    assert (name in WARP_CASES and capability >= 80) == any(x.name == "_warp_decode_kernel" for x in launches)
     for launch in launches:
         compiled = launch.compile(capability)
         assert compiled.metadata.shared <= SHARED_LIMIT[capability] * 1024, launch.name
         used = resources(compiled.asm["cubin"])
         fast = capability >= 80 and dtype != torch.float32 and name in ("turbo-D128", "int-D128", "none-D128")
-        if used and fast and launch.name in ("_store_kernel", "_decode_kernel", "_merge_kernel"):
+        kernels = ("_store_kernel", "_decode_kernel", "_merge_kernel", "_warp_decode_kernel")
+        if used and fast and launch.name in kernels:
             assert used["STACK"] == used["LOCAL"] == 0, f"{launch.name} spills: {used}"
