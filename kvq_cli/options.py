@@ -225,7 +225,7 @@ PrefillChunk = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Prompts are read in chunks of this many tokens. A chunk sees itself unquantized.",
+        help="Prompts are read in chunks of this many tokens, fewer far into a long one. A chunk sees itself unquantized.",
         rich_help_panel=ENGINE_PANEL,
     ),
 ]
@@ -243,7 +243,7 @@ EnforceEager = Annotated[
     bool,
     typer.Option(
         "--enforce-eager",
-        help="Don't capture CUDA graphs: slower, starts faster.",
+        help="Don't capture CUDA graphs: slower, starts faster, the same tokens.",
         rich_help_panel=ENGINE_PANEL,
     ),
 ]

@@ -40,11 +40,12 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     """Tokens one step may carry; None: prefill_chunk + max_num_seqs on a CPU, 4 chunks on a GPU."""
     prefill_chunk: int = 2048
-    """Prompts are processed in chunks of this many tokens, counted from the prompt's start."""
+    """Prompts are processed in chunks of this many tokens, counted from the prompt's start; far into a long
+    one of half as many, a quarter and so on."""
     max_model_len: int | None = None
     """Longest prompt + answer; None: the model's own limit."""
     enforce_eager: bool = False
-    """No CUDA graphs and no compiled layers."""
+    """No CUDA graphs: every kernel is launched by the host. Tokens are the same."""
     compile: bool = True
     """Compile the decoder layers, on a GPU in bfloat16 and float16."""
     seed: int = 0

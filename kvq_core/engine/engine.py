@@ -36,7 +36,7 @@ class Engine:
         on_gpu = model.device.type == "cuda"
         if on_gpu and model.dtype.itemsize == 2:
             install_experts(model.model)
-            if config.compile and not config.enforce_eager:
+            if config.compile:
                 compile_layers(model)
         self.config, self.plan = or_uncompiled(model, lambda: fit_cache(model, config))
         assert self.config.max_model_len and self.config.max_num_batched_tokens
@@ -56,12 +56,12 @@ class Engine:
             self.cache,
             self.config.seed,
             token_budget=self.config.max_num_batched_tokens,
-            use_graphs=on_gpu and not self.config.enforce_eager,
         )
-        try:
-            or_uncompiled(model, lambda: self.runner.capture(progress))
-        except RuntimeError as error:  # a model with an op that no graph can hold
-            self.runner.without_graphs(error)
+        if not self.config.enforce_eager:
+            try:
+                or_uncompiled(model, lambda: self.runner.capture(progress))
+            except RuntimeError as error:  # a model with an op that no graph can hold
+                self.runner.without_graphs(error)
         self._depth = 1 if on_gpu else 0
         """Steps that run on the device while the host plans the next."""
         self._in_flight: deque[tuple[Step, PendingTokens]] = deque()

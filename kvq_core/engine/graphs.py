@@ -33,10 +33,12 @@ def chunk_sizes(most: int) -> list[int]:
 
 
 class StepGraphs:
-    """Graphs of `forward` on static inputs. A step runs in the smallest one that it fits, padded.
+    """Graphs of `forward` on static inputs. A step runs in the smallest size that it fits, padded.
 
     Steps with chunks are captured with room for `max_num_seqs` decodes, so that one number alone tells them
     apart. All sizes that the kernels see are the graph's; what a step really holds they read on the device.
+    Without capture the same sizes run eagerly: matrix products round by their shapes, and this way a step's
+    tokens are the same either way.
     """
 
     def __init__(self, forward: Forward, max_num_seqs: int, token_budget: int, device: torch.device) -> None:
@@ -49,16 +51,13 @@ class StepGraphs:
         self._graphs: dict[Sizes, tuple[torch.cuda.CUDAGraph, Tensor, StepInputs, Tensor]] = {}
 
     def fit(self, exact: Sizes) -> Sizes | None:
-        """The sizes of the graph that a step runs in; None where it fits in none."""
+        """The sizes that a step runs in; None where it fits in none and runs as it is."""
         candidates = self._mixed if exact.chunks else self._decodes
         return next(
             (
                 s
                 for s in candidates
-                if s in self._graphs
-                and exact.decodes <= s.decodes
-                and exact.tokens <= s.tokens
-                and exact.chunks <= s.chunks
+                if exact.decodes <= s.decodes and exact.tokens <= s.tokens and exact.chunks <= s.chunks
             ),
             None,
         )
@@ -82,8 +81,19 @@ class StepGraphs:
         if progress is not None:
             progress(len(wanted), len(wanted))
 
-    def replay(self, sizes: Sizes, packed: Tensor) -> tuple[StepInputs, Tensor]:
-        """Run a step whose packed inputs lie in pinned memory; logits are valid until the next replay."""
+    @property
+    def is_captured(self) -> bool:
+        return bool(self._graphs)
+
+    def drop(self) -> None:
+        """Forget what was captured."""
+        self._graphs.clear()
+
+    def run(self, sizes: Sizes, packed: Tensor) -> tuple[StepInputs, Tensor]:
+        """Run a step whose packed inputs lie in pinned memory; logits are valid until the next run."""
+        if sizes not in self._graphs:
+            inputs = StepInputs.unpack(packed.to(self._device, non_blocking=True), sizes)
+            return inputs, self._run(inputs, sizes)
         graph, static, inputs, logits = self._graphs[sizes]
         static.copy_(packed, non_blocking=True)
         graph.replay()

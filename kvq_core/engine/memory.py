@@ -128,7 +128,7 @@ def _measure_peak(model: LoadedModel, config: EngineConfig) -> int:
     memory = sum(pages * g.page_bytes for g in layers.groups) + len(lengths) * layers.raw_bytes_per_request
     plan = _plan(model, small, memory)
     cache = PagedCache(plan, model.device, model.dtype, config.max_model_len)
-    runner = ModelRunner(model, cache, 0, token_budget=config.max_num_batched_tokens, use_graphs=False)
+    runner = ModelRunner(model, cache, 0, token_budget=config.max_num_batched_tokens)
     step = Step()
     for i, length in enumerate(lengths):
         request = Request(i, [0] * length, SamplingParams(), 1)

@@ -38,9 +38,7 @@ class PendingTokens:
 class ModelRunner:
     """A model, its cache, and the device state that outlives a step: the latest token of every row."""
 
-    def __init__(
-        self, model: LoadedModel, cache: PagedCache, seed: int, *, token_budget: int, use_graphs: bool
-    ) -> None:
+    def __init__(self, model: LoadedModel, cache: PagedCache, seed: int, *, token_budget: int) -> None:
         self.model = model
         self.cache = cache
         self.seed = seed
@@ -51,7 +49,7 @@ class ModelRunner:
         """Called with request ids and their logits before they are sampled."""
         self._checked = False
         self.graphs: StepGraphs | None = None
-        if use_graphs:
+        if self.device.type == "cuda":
             self.graphs = StepGraphs(self._forward, self.padding_row, token_budget, self.device)
 
     @torch.inference_mode()
@@ -74,13 +72,17 @@ class ModelRunner:
         policy = self.cache.plan.policy
         packed = pack(step, sizes or exact, self.padding_row, policy.sink, policy.recent)
         if self.graphs is not None and sizes is not None:
-            inputs, logits = self.graphs.replay(sizes, self._pinned(packed))
+            inputs, logits = self.graphs.run(sizes, self._pinned(packed))
         else:
             inputs = StepInputs.unpack(self._upload(packed), exact)
             longest = max((c.end - c.start for c in step.chunks), default=0)
             history = max((c.start for c in step.chunks), default=0)
             logits = self._forward(inputs, longest, history, max(step.context_lens, default=0), padded=False)
         return self._sample(step, logits, inputs)
+
+    @property
+    def has_graphs(self) -> bool:
+        return self.graphs is not None and self.graphs.is_captured
 
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Capture the CUDA graphs, largest first."""
@@ -92,7 +94,8 @@ class ModelRunner:
         """Run every step eagerly from now on, with a warning."""
         first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
         log.warning("%s: steps run without CUDA graphs, because capture failed: %s", self.model.name, first)
-        self.graphs = None
+        if self.graphs is not None:
+            self.graphs.drop()
 
     def _sample(self, step: Step, logits: Tensor, inputs: StepInputs) -> PendingTokens:
         """Sample the rows of logits [B + C, V] that end in a new token."""

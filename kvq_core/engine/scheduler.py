@@ -12,10 +12,15 @@ from dataclasses import dataclass, field
 from kvq_core.cache.blocks import BlockManager
 from kvq_core.engine.request import Request, Status
 
+SMALLEST_CHUNK = 256
+MOST_PAIRS = 1 << 22
+"""Queries times earlier tokens of a chunk: about a decode step's time for a model with 32 query heads."""
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
     prefill_chunk: int
+    """Tokens of a chunk, see `chunk_end`."""
     token_budget: int
     """Tokens a step may carry; a whole chunk has to fit."""
     swap_memory: int
@@ -24,6 +29,18 @@ class SchedulerConfig:
     """Bytes a request keeps beside its pages (its raw window), swapped along with them."""
     exact_recompute: bool
     """Whether outputs may be computed again as if they were a prompt: only where nothing is quantized."""
+
+
+def chunk_end(start: int, prefill_chunk: int) -> int:
+    """Where a chunk that starts at `start` ends, the prompt's end apart.
+
+    Chunks end at multiples of `prefill_chunk`; far into a prompt at those of half of it, a quarter and so on,
+    so that no chunk holds up the decodes beside it by more than `MOST_PAIRS`.
+    """
+    size = prefill_chunk
+    while size * start > MOST_PAIRS and size >= 2 * SMALLEST_CHUNK:
+        size //= 2
+    return (start // size + 1) * size
 
 
 @dataclass(frozen=True)
@@ -148,8 +165,8 @@ class Scheduler:
         return 1
 
     def _schedule_chunk(self, request: Request, step: Step, budget: int) -> int:
-        size, start = self.config.prefill_chunk, request.computed
-        end = min((start // size + 1) * size, request.prefill_len)
+        start = request.computed
+        end = min(chunk_end(start, self.config.prefill_chunk), request.prefill_len)
         if end - start > budget:
             return 0
         self.blocks.trim(request.row, start)

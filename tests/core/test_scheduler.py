@@ -3,6 +3,7 @@
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from kvq_core.cache.blocks import BlockManager, GroupShape
 from kvq_core.config import SamplingParams
 from kvq_core.engine.request import Request, Status
-from kvq_core.engine.scheduler import Scheduler, SchedulerConfig, Step
+from kvq_core.engine.scheduler import MOST_PAIRS, SMALLEST_CHUNK, Scheduler, SchedulerConfig, Step, chunk_end
 
 PAGE = 16
 
@@ -161,3 +162,16 @@ def test_decodes_go_on_while_a_long_prompt_is_processed() -> None:
         step = scheduler.schedule()
         assert step.decodes == [short] and len(step.chunks) == 1
         short.output.append(0)
+
+
+def test_chunks_shrink_far_into_a_prompt() -> None:
+    """From multiples of `prefill_chunk` to those of a half, a quarter …, by the position alone."""
+    ends = [0]
+    while ends[-1] < 30_000:
+        ends.append(chunk_end(ends[-1], 2048))
+    sizes = [end - start for start, end in pairwise(ends)]
+    assert sizes[:3] == [2048, 2048, 1024] and sizes[-1] == SMALLEST_CHUNK
+    assert sizes == sorted(sizes, reverse=True) and set(sizes) == {2048, 1024, 512, 256}
+    assert all(n == SMALLEST_CHUNK or n * start <= MOST_PAIRS for n, start in zip(sizes, ends, strict=False))
+    assert chunk_end(5000, 2048) == 5120, "where a chunk starts does not matter"
+    assert [chunk_end(n, 100) for n in (0, 99, 100, 30_010)] == [100, 100, 200, 30_100]
