@@ -225,7 +225,8 @@ PrefillChunk = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Prompts are read in chunks of this many tokens, fewer far into a long one. A chunk sees itself unquantized.",
+        help="Prompts are read in chunks of this many tokens, fewer far into a long one. "
+        "A chunk sees itself unquantized.",
         rich_help_panel=ENGINE_PANEL,
     ),
 ]
