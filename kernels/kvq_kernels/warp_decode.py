@@ -87,7 +87,7 @@ def _addresses(
 
 
 @triton.jit
-def _scores(loaded, query, high0, high1, all0, all1, SCHEME: tl.constexpr, D: tl.constexpr):
+def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexpr, D: tl.constexpr):
     """One step: q·k of tokens a, b and heads 2t, 2t + 1, in the query's unit and the codes'."""
     WORDS: tl.constexpr = ptx.key_words(SCHEME, D)
     QUERY: tl.constexpr = ptx.query_registers(SCHEME, D)[0]
@@ -103,10 +103,11 @@ def _scores(loaded, query, high0, high1, all0, all1, SCHEME: tl.constexpr, D: tl
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
     else:
         COUNT: tl.constexpr = 8 if SCHEME == "turbo" else 4
+        TABLES: tl.constexpr = ptx.tables_held(SCHEME)
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D),
-            ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + COUNT // 4 * 2 - 2)),
-            pair + query + (high0, high1)[0 : COUNT // 4 * 2 - 2],
+            ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + TABLES + COUNT // 4 * 2 - 2)),
+            pair + query + tables + (high0, high1)[0 : COUNT // 4 * 2 - 2],
             dtype=ptx.types(COUNT, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
         a0, a1 = r[0].to(tl.float32), r[1].to(tl.float32)
@@ -247,6 +248,14 @@ def _warp_decode_kernel(
     if CAP:
         power0, power1 = unit0 * 0.0 + LOG2E, unit1 * 0.0 + LOG2E
 
+    held = ()
+    if ptx.tables_held(KEY) == 1:
+        held = (tl.inline_asm_elementwise(ptx.held_tables(KEY), "=&r,r", [lane], tl.int32, False, 1),)
+    elif ptx.tables_held(KEY) == 2:
+        held = tl.inline_asm_elementwise(
+            ptx.held_tables(KEY), "=&r,=&r,r", [lane], (tl.int32, tl.int32), False, 1
+        )
+
     STATE: tl.constexpr = ptx.step_state(D)
     W: tl.constexpr = ptx.value_words(VALUE, D)
     zero = tl.zeros((32,), tl.float32)
@@ -262,7 +271,7 @@ def _warp_decode_kernel(
         position = tile * T + g * U
         edge = (tile * T < low) | (tile * T + T > high)
         for i in tl.static_range(U // 2):
-            a0, a1, b0, b1 = _scores(keys[0:K], q, high0, high1, all0, all1, KEY, D)
+            a0, a1, b0, b1 = _scores(keys[0:K], q, held, high0, high1, all0, all1, KEY, D)
             # registers are filled again as soon as they are read: the next tile has all of this one's time
             keys = keys[K:] + _load_keys(at[0], at[1], more, i, KEY, D, P)
             loaded = values[0:V]

@@ -77,6 +77,12 @@ def value_words(scheme: str, dim: int) -> int:
 
 
 @triton.constexpr_function
+def tables_held(scheme: str) -> int:
+    """Registers of look-up tables, see `held_tables`."""
+    return {"turbo": 1, "lm4": 2}.get(scheme, 0)
+
+
+@triton.constexpr_function
 def key_numbers(scheme: str) -> int:
     """fp16 numbers beside the codes of a key."""
     return 0 if scheme in PLAIN else 2 if scheme in ("turbo", "int4", "int8") else 1
@@ -201,13 +207,15 @@ class _Code:
         high = self.do("prmt.b32", values[2], values[3], "0x0040")
         return self.do("prmt.b32", low, high, "0x5410")
 
-    def look_up_16(self, word: str) -> tuple[str, str]:
+    def look_up_16(self, word: str, held: Sequence[str] = ()) -> tuple[str, str]:
         """8 nibbles -> 8 bytes of the 4-bit codebook, none above 127.
 
         Where a selector's highest bit is set, `prmt` gives the sign of the byte, here 0: so of two look-ups,
         one with that bit flipped, one gives the byte and the other nothing.
         """
         lower, upper = self.table(_LM4_CODES[:8]), self.table(_LM4_CODES[8:])
+        if held:
+            lower[0], upper[0] = held
         flipped = self.do("xor.b32", word, "0x88888888")
         results = []
         for shift in (0, 16):
@@ -216,8 +224,8 @@ class _Code:
             results.append(self.do("or.b32", low, high))
         return results[0], results[1]
 
-    def key_operands(self, scheme: str, words: Sequence[str]) -> list[tuple[str, str]]:
-        """A token's words -> what its row brings to each product of 32 dims."""
+    def key_operands(self, scheme: str, words: Sequence[str], held: Sequence[str]) -> list[tuple[str, str]]:
+        """A token's words -> what its row brings to each product of 32 dims; `held`: as in `held_tables`."""
         if scheme == "int8":
             return [(words[i], words[i + 1]) for i in range(0, len(words), 2)]
         if scheme == "int4":
@@ -229,8 +237,8 @@ class _Code:
                 for word in words
             ]
         if scheme == "lm4":
-            return [self.look_up_16(word) for word in words]
-        table = self.table(TURBO_LEVELS)
+            return [self.look_up_16(word, held) for word in words]
+        table = [*held, self.table(TURBO_LEVELS)[1]]
         result = []
         for word in words:
             index = self.do("and.b32", word, "0x77777777")
@@ -450,7 +458,8 @@ class _Blocks:
         Σ q·code in units of `unit`; for turbo then as many R, ½ Σ q·(residual sign). For fp8 and unquantized
         keys floats.
 
-        Inputs: words of tokens a and b, the query's registers, and for turbo Σ high of both heads.
+        Inputs: words of tokens a and b, the query's registers, `held_tables`, and for turbo Σ high of both
+        heads.
         """
         code, words = _Code(), key_words(scheme, dim)
         registers, high = query_registers(scheme, dim)
@@ -458,6 +467,7 @@ class _Blocks:
         outputs = code.operands(0, count)
         a, b = code.operands(count, words), code.operands(count + words, words)
         query = code.operands(count + 2 * words, registers)
+        held = code.operands(count + 2 * words + registers, tables_held(scheme))
         if scheme == "fp8" or scheme in PLAIN:
             sums = [code.do("mov.f32", code.float(0.0), kind="f") for _ in range(4)]
             for i in range(registers // 2):
@@ -471,7 +481,7 @@ class _Blocks:
             for output, total in zip(outputs, sums, strict=True):
                 code.add(f"mov.f32 {output}, {total}")
             return code.text()
-        coded = [code.key_operands(scheme, w) for w in (a, b)]
+        coded = [code.key_operands(scheme, w, held) for w in (a, b)]
         kinds = "s32.s8.s8.s32" if scheme == "turbo" else "s32.u8.s8.s32"
         highs, lows = ([code.do("mov.b32", "0") for _ in range(4)] for _ in range(2))
         for i, (row_a, row_b) in enumerate(zip(*coded, strict=True)):
@@ -481,9 +491,8 @@ class _Blocks:
         for output, x, y in zip(outputs, highs, lows, strict=False):
             code.add(f"mad.lo.s32 {output}, {x}, 128, {y}")
         if scheme == "turbo":
-            starts = [
-                code.do("mul.lo.s32", x, "-64") for x in code.operands(count + 2 * words + registers, 2)
-            ]
+            highs_of_heads = code.operands(count + 2 * words + registers + len(held), 2)
+            starts = [code.do("mul.lo.s32", x, "-64") for x in highs_of_heads]
             evens = [code.do("mov.b32", "0") for _ in range(4)]
             odds = [code.do("mov.b32", starts[i % 2]) for i in range(4)]
             residual = query[2 * high :]
@@ -602,6 +611,20 @@ class _Blocks:
         return code.text()
 
     @staticmethod
+    def held_tables(scheme: str) -> str:
+        """Lower halves of look-up tables, which `prmt` takes from a register alone; the input is unused.
+
+        ptxas must not know them for constants, or it moves them anew each time: 1, the number of lanes that
+        equal this one, is added on the way.
+        """
+        code = _Code()
+        one = code.do("popc.b32", code.do("mov.u32", "%lanemask_eq"))
+        tables = [TURBO_LEVELS] if scheme == "turbo" else [_LM4_CODES[:8], _LM4_CODES[8:]]
+        for i, table in enumerate(tables):
+            code.add(f"add.s32 ${i}, {one}, {int(code.table(table)[0], 16) - 1}")
+        return code.text()
+
+    @staticmethod
     def half_to_float(upper: bool) -> str:
         """One of the two fp16 numbers of a register."""
         code = _Code()
@@ -647,6 +670,11 @@ def weigh(scheme: str, dim: int) -> str:
 @triton.constexpr_function
 def store_sums(dim: int, apart: bool) -> str:
     return _Blocks().store_sums(dim, apart)
+
+
+@triton.constexpr_function
+def held_tables(scheme: str) -> str:
+    return _Blocks().held_tables(scheme)
 
 
 @triton.constexpr_function
