@@ -33,7 +33,7 @@ from kvq_kernels.paged_decode import (
     tile_tokens,
 )
 from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
-from kvq_kernels.unpack import WORD_ELEMENTS, unpack_tile, unpacked_elements, unpacked_order
+from kvq_kernels.unpack import WORD_ELEMENTS, load_meta, unpack_tile, unpacked_elements, unpacked_order
 
 _LIFT = tl.constexpr(12.0)
 """log2 of the largest weight of a tile: fp16 then holds weights down to 2^-36 of it."""
@@ -71,6 +71,21 @@ def _scaled_to_half(q):
 
 
 @triton.jit
+def _load_metas(
+    block, tile, low, high, MASKED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KEY_META: tl.constexpr,
+    META_OFFSET: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Two metadata numbers [N] of the keys of a tile, two of its values."""
+    meta = (block + META_OFFSET).to(tl.pointer_type(tl.float16), bitcast=True)
+    row = tile * N % P + tl.arange(0, N)
+    position = tile * N + tl.arange(0, N)
+    valid = (position >= low) & (position < high)
+    key_1, key_2 = load_meta(meta, row, valid, MASKED, KEY, P)
+    value_1, value_2 = load_meta(meta + KEY_META * P, row, valid, MASKED, VALUE, P)
+    return key_1, key_2, value_1, value_2
+
+
+@triton.jit
 def _attend_tiles(
     q, m, l, acc, unit, grow, t, pages, table, low, high, first, last, scale, softcap, window, page_stride,
     MASKED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
@@ -84,16 +99,23 @@ def _attend_tiles(
     grow [M]: what makes q·k the scores (applied by `unit` unless they are capped).
     """
     page = tl.load(table + first * N // P, mask=first < last, other=0)
+    key_1, key_2, value_1, value_2 = _load_metas(
+        pages + page.to(tl.int64) * page_stride, first, low, high, MASKED, KEY, VALUE, KEY_META, META_OFFSET, P, N
+    )
     for tile in range(first, last):
         start = tile * N
-        block = pages + page.to(tl.int64) * page_stride
-        # the next tile's page is on its way before this tile's codes are asked for
-        page = tl.load(table + tl.minimum(tile + 1, last - 1) * N // P)
-        meta = (block + META_OFFSET).to(tl.pointer_type(tl.float16), bitcast=True)
         row = start % P + tl.arange(0, N)
         position = start + tl.arange(0, N)
         valid = (position >= low) & (position < high)
-        k = unpack_tile(block, meta, row, valid, MASKED, KEY, DTYPE, KEY_PER, DK, P)
+        block = pages + page.to(tl.int64) * page_stride
+        # the next tile's page and metadata are on their way meanwhile; the compiler sees to the codes
+        following = tl.minimum(tile + 1, last - 1)
+        page = tl.load(table + following * N // P)
+        k = unpack_tile(block, key_1, key_2, row, valid, MASKED, KEY, DTYPE, KEY_PER, DK)
+        key_1, key_2, next_1, next_2 = _load_metas(
+            pages + page.to(tl.int64) * page_stride, following, low, high,
+            MASKED, KEY, VALUE, KEY_META, META_OFFSET, P, N,
+        )  # fmt: skip
         scores = tl.dot(q, tl.trans(k))
         if CAP:
             scores = cap(scores * grow[:, None], scale, softcap, CAP)
@@ -106,9 +128,10 @@ def _attend_tiles(
             scores = tl.where(seen, scores, float("-inf"))
         weights, alpha, m, l = _softmax_step(scores, m, l, unit, _LIFT, MASKED)
         v = unpack_tile(
-            block + VALUE_OFFSET, meta + KEY_META * P, row, valid, MASKED, VALUE, DTYPE, VALUE_PER, DV, P
+            block + VALUE_OFFSET, value_1, value_2, row, valid, MASKED, VALUE, DTYPE, VALUE_PER, DV
         )
         acc = tl.dot(weights.to(v.dtype), v, acc * alpha[:, None])
+        value_1, value_2 = next_1, next_2
     return m, l, acc
 
 

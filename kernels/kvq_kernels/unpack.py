@@ -209,23 +209,31 @@ def _clamped(x, largest):
 
 
 @triton.jit
-def _meta(meta, row, valid, MASKED: tl.constexpr):
-    if MASKED:
-        x = tl.load(meta + row, mask=valid, other=0.0)
-    else:
-        x = tl.load(meta + row)
-    return x.to(tl.float32)
+def load_meta(meta, row, valid, MASKED: tl.constexpr, SCHEME: tl.constexpr, P: tl.constexpr):
+    """The first two metadata numbers of rows `row` [N] of a page, fp16; zeros if MASKED and not `valid`.
+
+    meta: fp16 pointer to the codec's first metadata row. What the scheme does not have is anything.
+    """
+    first = tl.zeros(row.shape, tl.float16)
+    second = first
+    if SCHEME != "none":
+        mask = valid if MASKED else None
+        other = 0.0 if MASKED else None
+        first = tl.load(meta + row, mask=mask, other=other)
+        if SCHEME == "turbo" or (SCHEME == "int8" or SCHEME == "int4"):
+            second = tl.load(meta + P + row, mask=mask, other=other)
+    return first, second
 
 
 @triton.jit
 def unpack_tile(
-    codes, meta, row, valid, MASKED: tl.constexpr, SCHEME: tl.constexpr, DTYPE: tl.constexpr,
-    PER: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    codes, first, second, row, valid, MASKED: tl.constexpr, SCHEME: tl.constexpr, DTYPE: tl.constexpr,
+    PER: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` [N] of a page -> their vectors [N, D], fp16 in `unpacked_order` (`none`: DTYPE, in order).
 
-    codes: uint8 pointer to the block's K or V codes; meta: fp16 pointer to its first metadata row. If MASKED,
-    rows that are not `valid` [N] are zeros, else `valid` is not looked at.
+    codes: uint8 pointer to the block's K or V codes; first, second: see `load_meta`. If MASKED, rows that are
+    not `valid` [N] are zeros, else `valid` is not looked at.
     """
     if SCHEME == "none":
         d = tl.arange(0, D)
@@ -240,12 +248,12 @@ def unpack_tile(
         i = tl.arange(0, W)
         # codes of invalid rows need no mask: whatever they are, their metadata is zero
         word = tl.load(codes.to(tl.pointer_type(tl.int32), bitcast=True) + row[:, None] * W + i[None, :])
-        first = _meta(meta, row, valid, MASKED)
+        first = first.to(tl.float32)
+        second = second.to(tl.float32)
         if SCHEME == "turbo":
             n = _clamped(first, _LARGEST_NORM)
-            s = _meta(meta + P, row, valid, MASKED)
             a, b, c, d = tl.inline_asm_elementwise(
-                _TURBO, _4_FROM_3, [word, _doubled(n, W), _doubled(-n * s, W)],
+                _TURBO, _4_FROM_3, [word, _doubled(n, W), _doubled(-n * second, W)],
                 (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
             )  # fmt: skip
             pairs = tl.join(tl.join(a, c), tl.join(b, d))
@@ -258,14 +266,14 @@ def unpack_tile(
         elif SCHEME == "int4":
             a, b, c, d = tl.inline_asm_elementwise(
                 _INT4, _4_FROM_3,
-                [word, _doubled(first, W), _doubled(_meta(meta + P, row, valid, MASKED), W)],
+                [word, _doubled(first, W), _doubled(second, W)],
                 (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
             )  # fmt: skip
             pairs = tl.join(tl.join(a, c), tl.join(b, d))
         elif SCHEME == "int8":
             a, b = tl.inline_asm_elementwise(
                 _INT8, _2_FROM_3,
-                [word, _doubled(first, W), _doubled(_meta(meta + P, row, valid, MASKED), W)],
+                [word, _doubled(first, W), _doubled(second, W)],
                 (tl.int32, tl.int32), True, 1,
             )  # fmt: skip
             pairs = tl.join(a, b)
