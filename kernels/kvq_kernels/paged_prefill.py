@@ -141,7 +141,7 @@ def _attend_tiles(
 @triton.jit(do_not_specialize=["table_stride", "window"])
 def _history_kernel(
     query, pages, tables, cu_chunk_lens, history_lens, matrix, matrix2, back, key_table, value_table,
-    out, out2, logs,
+    scratch, out, out2, logs,
     query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window,
     FAST: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     KEY_ROTATED: tl.constexpr, VALUE_ROTATED: tl.constexpr,
@@ -192,6 +192,11 @@ def _history_kernel(
             grow = tl.full((M,), 1.0, tl.float32)
             if KEY != "none":
                 q, grow = _scaled_to_half(q)
+                # by way of memory: loaded, the compiler keeps it in shared memory, computed, in registers
+                place = scratch + (at * QUERY_HEADS + query_head)[:, None] * DK + tl.arange(0, DK)[None, :]
+                tl.store(place, q, mask=real[:, None])
+                tl.debug_barrier()
+                q = tl.load(place, mask=real[:, None], other=0.0)
             units = tl.zeros((M,), tl.float32) + unit
             if not CAP:
                 units = units * grow
@@ -379,6 +384,8 @@ class Geometry(NamedTuple):
     tokens: int
     warps: int
     stages: int
+    registers: int | None = None
+    """Of a thread, at most: so that two programs fit a multiprocessor."""
 
 
 _HISTORY = {
@@ -432,8 +439,10 @@ def _geometry(
         most //= 2
     most = max(most, 16)
     page = layout.page_size & -layout.page_size
-    return Geometry(
-        most, max(16, min(chosen.tokens, page)), min(chosen.warps, max(4, most // _WARP_ROWS)), chosen.stages
+    return chosen._replace(
+        rows=most,
+        tokens=max(16, min(chosen.tokens, page)),
+        warps=min(chosen.warps, max(4, most // _WARP_ROWS)),
     )
 
 
@@ -497,12 +506,12 @@ def paged_prefill(
         "DV": value_dim, "DVP": triton.next_power_of_2(value_dim),
     }  # fmt: skip
 
-    def cut(geometry: Geometry) -> tuple[tuple[int, int, int], dict[str, int]]:
+    def cut(geometry: Geometry) -> tuple[tuple[int, int, int], dict[str, int | None]]:
         block_tokens = max(1, geometry.rows // padded)
         grid = (triton.cdiv(max_chunk, block_tokens), layout.num_kv_heads, chunks)
         options = {
             "N": geometry.tokens, "BT": block_tokens, "num_warps": geometry.warps,
-            "num_stages": geometry.stages,
+            "num_stages": geometry.stages, "maxnreg": geometry.registers,
         }  # fmt: skip
         return grid, options
 
@@ -530,11 +539,12 @@ def paged_prefill(
         earlier = torch.empty(tokens, query_heads, value_dim, dtype=torch.float32, device=device)
         signs = torch.empty_like(earlier) if layout.value.scheme == "qjl" else earlier
         logs = torch.empty(tokens, query_heads, dtype=torch.float32, device=device)
+        scratch = torch.empty(tokens, query_heads, key_dim, dtype=torch.float16, device=device)
         _history_kernel[grid](
             query, pages, block_tables, cu_chunk_lens, history_lens, matrix, matrix2, back,
             decode_table(layout.key.scheme, query.dtype, device),
             decode_table(layout.value.scheme, query.dtype, device),
-            earlier, signs, logs,
+            scratch, earlier, signs, logs,
             query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
             FAST=fast, KEY=layout.key.scheme, VALUE=layout.value.scheme,
             KEY_ROTATED=layout.key.rotated, VALUE_ROTATED=layout.value.rotated,
