@@ -38,7 +38,7 @@ from kvq_kernels.unpack import WORD_ELEMENTS, load_meta, unpack_tile, unpacked_e
 _LIFT = tl.constexpr(12.0)
 """log2 of the largest weight of a tile: fp16 then holds weights down to 2^-36 of it."""
 _LEAST_EXPONENT = tl.constexpr(67 << 23)
-"""2^-60 as float32 bits: queries smaller than that are not scaled up any further."""
+"""2^-60 as float32 bits: rows of smaller numbers are not scaled up any further."""
 
 
 # --- pieces -------------------------------------------------------------------------------------------------
@@ -62,12 +62,13 @@ def _softmax_step(scores, m, l, unit, lift, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _scaled_to_half(q):
-    """q [M, D] -> fp16, and what each row is to be multiplied by: powers of two."""
-    largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+def _to_range_of_half(x):
+    """x [M, D] -> float32 below 2 in magnitude, and what each row is to be multiplied by: powers of two."""
+    x = x.to(tl.float32)
+    largest = tl.max(tl.abs(x), 1)
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, _LEAST_EXPONENT)
     shrink = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
-    return (q.to(tl.float32) * shrink[:, None]).to(tl.float16), exponent.to(tl.float32, bitcast=True)
+    return x * shrink[:, None], exponent.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -191,10 +192,10 @@ def _history_kernel(
                 q = tl.load(rows[:, None] + unpacked_elements(KEY_PER, DK)[None, :], mask=real[:, None], other=0.0)
             grow = tl.full((M,), 1.0, tl.float32)
             if KEY != "none":
-                q, grow = _scaled_to_half(q)
+                q, grow = _to_range_of_half(q)
                 # by way of memory: loaded, the compiler keeps it in shared memory, computed, in registers
                 place = scratch + (at * QUERY_HEADS + query_head)[:, None] * DK + tl.arange(0, DK)[None, :]
-                tl.store(place, q, mask=real[:, None])
+                tl.store(place, q.to(tl.float16), mask=real[:, None])
                 tl.debug_barrier()
                 q = tl.load(place, mask=real[:, None], other=0.0)
             units = tl.zeros((M,), tl.float32) + unit
@@ -238,11 +239,12 @@ def _history_kernel(
         acc = acc * inverse
         d = tl.arange(0, DVP)
         if FAST and VALUE_ROTATED:
-            # by a matrix of ±1, in two parts: what bf16 drops of the first is below float32's noise in the result
+            # by a matrix of ±1, and in two parts, so that nothing but the sums is rounded
             e = tl.arange(0, DV)
             h = tl.load(back + e[:, None] * DV + e[None, :])
-            rest = (acc - acc.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(rest, h, tl.dot(acc.to(tl.bfloat16), h)) * (1.0 / DV**0.5)
+            acc, factor = _to_range_of_half(acc)
+            rest = (acc - acc.to(tl.float16).to(tl.float32)).to(tl.float16)
+            acc = tl.dot(rest, h, tl.dot(acc.to(tl.float16), h)) * (factor * (1.0 / DV**0.5))[:, None]
         elif FAST:
             d = unpacked_elements(VALUE_PER, DV)
         elif VALUE_ROTATED and VALUE != "qjl":
@@ -455,7 +457,7 @@ def _rotation_of_queries(per: int, head_dim: int, dtype: torch.dtype, device: to
 @lru_cache(maxsize=32)
 def _rotation_back(per: int, head_dim: int, device: torch.device) -> Tensor:
     """√D · H with rows in `unpacked_order`."""
-    signs = signs_of_hadamard(head_dim, torch.bfloat16, device)
+    signs = signs_of_hadamard(head_dim, torch.float16, device)
     return signs[unpacked_order(per, head_dim, device)].contiguous()
 
 
