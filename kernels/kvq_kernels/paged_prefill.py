@@ -8,6 +8,7 @@ On sm_80 and later, codes are unpacked to fp16 by `unpack.py`; `bits.py` serves 
 that are no power of two, lm3 and qjl.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ def _softmax_step(scores, m, l, unit, lift, MASKED: tl.constexpr):
     """Running softmax: weights of this tile, the factor for what was accumulated, and the new m and l.
 
     scores [M, N], -inf where not seen; m, l [M], m in powers of two: scores times `unit` (a number or [M]).
-    Weights are 2^lift at most. A row that has seen nothing keeps m = -inf, l = 0; only if MASKED there is one.
+    Weights are 2^lift at most. A row that has seen nothing keeps m = -inf, l = 0; only MASKED allows for it.
     """
     m_new = tl.maximum(m, tl.max(scores, 1) * unit)
     top = m_new
@@ -73,7 +74,8 @@ def _to_range_of_half(x):
 
 @triton.jit
 def _load_metas(
-    block, tile, low, high, MASKED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KEY_META: tl.constexpr,
+    block, tile, low, high,
+    MASKED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KEY_META: tl.constexpr,
     META_OFFSET: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Two metadata numbers [N] of the keys of a tile, two of its values."""
@@ -101,7 +103,17 @@ def _attend_tiles(
     """
     page = tl.load(table + first * N // P, mask=first < last, other=0)
     key_1, key_2, value_1, value_2 = _load_metas(
-        pages + page.to(tl.int64) * page_stride, first, low, high, MASKED, KEY, VALUE, KEY_META, META_OFFSET, P, N
+        pages + page.to(tl.int64) * page_stride,
+        first,
+        low,
+        high,
+        MASKED,
+        KEY,
+        VALUE,
+        KEY_META,
+        META_OFFSET,
+        P,
+        N,
     )
     for tile in range(first, last):
         start = tile * N
@@ -139,11 +151,11 @@ def _attend_tiles(
 # --- kernels ------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@triton.jit(do_not_specialize=["table_stride", "window", "splits", "split_stride"])
 def _history_kernel(
     query, pages, tables, cu_chunk_lens, history_lens, matrix, matrix2, back, key_table, value_table,
     scratch, out, out2, logs,
-    query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window,
+    query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window, splits, split_stride,
     FAST: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     KEY_ROTATED: tl.constexpr, VALUE_ROTATED: tl.constexpr,
     KEY_PER: tl.constexpr, VALUE_PER: tl.constexpr, KEY_META: tl.constexpr,
@@ -153,11 +165,12 @@ def _history_kernel(
     DTYPE: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """BT tokens of one chunk and one kv head a program, over the pages.
+    """BT tokens of one chunk and one kv head a program, over the pages: one of `splits` parts of them.
 
     Writes the weighted mean of the values and log2 of the weights' sum (-inf, and zeros: nothing was seen).
     """
-    block, head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, head = tl.program_id(0), tl.program_id(1)
+    chunk, split = tl.program_id(2) // splits, tl.program_id(2) % splits
     begin = tl.load(cu_chunk_lens + chunk)
     length = tl.load(cu_chunk_lens + chunk + 1) - begin
     history = tl.load(history_lens + chunk)
@@ -178,6 +191,9 @@ def _history_kernel(
             high = tl.minimum(history, history + tl.minimum(block * BT + BT, length) - RECENT)
         first = low // N
         last = tl.maximum(tl.cdiv(high, N), first)
+        share = tl.cdiv(last - first, splits)
+        first = tl.minimum(first + split * share, last)
+        last = tl.minimum(first + share, last)
         pages += head.to(tl.int64) * BLOCK_BYTES
         table = tables + chunk.to(tl.int64) * table_stride
         m = tl.full((M,), float("-inf"), tl.float32)
@@ -189,7 +205,9 @@ def _history_kernel(
             if KEY_ROTATED:
                 q = load_query(rows, real, matrix, True, tl.float32, DK, DK, M)
             else:
-                q = tl.load(rows[:, None] + unpacked_elements(KEY_PER, DK)[None, :], mask=real[:, None], other=0.0)
+                q = tl.load(
+                    rows[:, None] + unpacked_elements(KEY_PER, DK)[None, :], mask=real[:, None], other=0.0
+                )
             grow = tl.full((M,), 1.0, tl.float32)
             if KEY != "none":
                 q, grow = _to_range_of_half(q)
@@ -207,7 +225,9 @@ def _history_kernel(
             if LOWER:
                 whole = tl.cdiv(SINK, N)
                 if WINDOW:
-                    whole = tl.maximum(tl.cdiv(history + tl.minimum(block * BT + BT, length) - window, N), whole)
+                    whole = tl.maximum(
+                        tl.cdiv(history + tl.minimum(block * BT + BT, length) - window, N), whole
+                    )
                 whole = tl.minimum(tl.maximum(whole, first), last)
             end = history
             if RECENT > 0:
@@ -219,8 +239,8 @@ def _history_kernel(
                         q, m, l, acc, units, grow, t, pages, table, low, high,
                         first if part == 0 else (whole if part == 1 else end),
                         whole if part == 0 else (end if part == 1 else last),
-                        scale, softcap, window, page_stride, part != 1, KEY, VALUE, KEY_PER, VALUE_PER, KEY_META,
-                        VALUE_OFFSET, META_OFFSET, WINDOW, CAP, RECENT, DTYPE, DK, DV, P, N,
+                        scale, softcap, window, page_stride, part != 1, KEY, VALUE, KEY_PER, VALUE_PER,
+                        KEY_META, VALUE_OFFSET, META_OFFSET, WINDOW, CAP, RECENT, DTYPE, DK, DV, P, N,
                     )  # fmt: skip
             log = m + tl.log2(l) - _LIFT
         else:
@@ -249,7 +269,7 @@ def _history_kernel(
             d = unpacked_elements(VALUE_PER, DV)
         elif VALUE_ROTATED and VALUE != "qjl":
             acc = walsh(acc, M, DV) * (1.0 / DV**0.5)
-        to = at * QUERY_HEADS + query_head
+        to = at * QUERY_HEADS + query_head + split.to(tl.int64) * split_stride
         tl.store(logs + to, tl.where(l > 0, log, float("-inf")), mask=real)
         mask = real[:, None] & (d < DV)[None, :]
         tl.store(out + to[:, None] * DV + d[None, :], acc, mask=mask)
@@ -297,12 +317,12 @@ def _attend_fresh(
     return m, l, acc
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "splits", "split_stride"])
 def _fresh_kernel(
     query, key, value, out, cu_chunk_lens, history_lens, earlier, logs, sinks,
     raw_keys, raw_values, rings,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
-    scale, softcap, window,
+    scale, softcap, window, splits, split_stride,
     HAS_HISTORY: tl.constexpr, HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, QUERY_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
@@ -333,9 +353,16 @@ def _fresh_kernel(
         if HAS_HISTORY:
             history = tl.load(history_lens + chunk)
             if history > 0:
-                m = tl.load(logs + to, mask=real, other=float("-inf"))
-                l = tl.where(m > float("-inf"), 1.0, 0.0)
-                acc = tl.load(earlier + to[:, None] * DV + d[None, :], mask=real_values, other=0.0)
+                for split in range(splits):
+                    part_of = to + tl.cast(split, tl.int64) * split_stride
+                    log = tl.load(logs + part_of, mask=real, other=float("-inf"))
+                    mean = tl.load(earlier + part_of[:, None] * DV + d[None, :], mask=real_values, other=0.0)
+                    m_new = tl.maximum(m, log)
+                    top = tl.where(m_new == float("-inf"), 0.0, m_new)
+                    alpha, weight = tl.exp2(m - top), tl.exp2(log - top)
+                    acc = acc * alpha[:, None] + mean * weight[:, None]
+                    l = l * alpha + weight
+                    m = m_new
                 if HAS_RAW:
                     ring = tl.load(rings + chunk).to(tl.int64)
                     m, l, acc = attend_raw(
@@ -399,6 +426,9 @@ _FRESH = {
     (9, 64): Geometry(128, 64, 4, 3), (9, 128): Geometry(128, 64, 8, 3), (9, 256): Geometry(64, 32, 4, 2),
     (8, 64): Geometry(128, 64, 4, 3), (8, 128): Geometry(64, 64, 4, 2), (8, 256): Geometry(64, 32, 4, 2),
 }  # fmt: skip
+_SPLIT_TILES = 8
+"""Tiles of history that a program of its own is worth."""
+_MOST_SPLITS = 16
 _WARP_ROWS = 16
 """Rows that one warp holds at least, where the matrix units multiply."""
 _ROW_BYTES = 16384
@@ -428,24 +458,26 @@ def _unpacks_fast(layout: PageLayout, device: torch.device) -> bool:
 
 
 def _geometry(
-    table: dict[tuple[int, int], Geometry], layout: PageLayout, rows: int, programs: int, device: torch.device
+    table: dict[tuple[int, int], Geometry], layout: PageLayout, rows: int, device: torch.device
 ) -> Geometry:
-    """The table's geometry; fewer rows where there are no more (`rows`: of a chunk) or for idle processors."""
+    """The table's geometry; fewer rows where a chunk has no more."""
     wide = max(64, triton.next_power_of_2(max(layout.key_dim, layout.value_dim)))
     if not has_products(layout.dtype, device):
         rows = max(16, min(16, _ROW_BYTES // (wide * 2), rows))
         return Geometry(rows, tile_tokens(layout, layout.dtype, device), 4, 2)
     chosen = table[min(max(generation(device), 8), 9), min(wide, 256)]
-    most = min(chosen.rows, rows)
-    while most > 32 and programs * triton.cdiv(rows, most) < _multiprocessors(device):
-        most //= 2
-    most = max(most, 16)
+    most = max(16, min(chosen.rows, rows))
     page = layout.page_size & -layout.page_size
     return chosen._replace(
         rows=most,
         tokens=max(16, min(chosen.tokens, page)),
         warps=min(chosen.warps, max(4, most // _WARP_ROWS)),
     )
+
+
+def _num_splits(programs: int, tiles: int, device: torch.device) -> int:
+    """Parts of the history for programs of their own: where few chunks are long, two for each processor."""
+    return max(1, min(2 * _multiprocessors(device) // programs, tiles // _SPLIT_TILES, _MOST_SPLITS))
 
 
 @lru_cache(maxsize=32)
@@ -499,7 +531,6 @@ def paged_prefill(
     group = query_heads // layout.num_kv_heads
     padded = triton.next_power_of_2(group)
     rows = padded * triton.next_power_of_2(max_chunk)
-    programs = layout.num_kv_heads * chunks
     out = torch.empty(tokens, query_heads, value_dim, dtype=query.dtype, device=device)
     common = {
         "WINDOW": window > 0, "CAP": softcap > 0, "SINK": 0 if raw is None else raw.sink,
@@ -518,6 +549,7 @@ def paged_prefill(
         return grid, options
 
     earlier = logs = out  # unused without history
+    splits = 1
     if max_history:
         fast = _unpacks_fast(layout, device)
         if fast:
@@ -527,7 +559,7 @@ def paged_prefill(
                 matrix = _rotation_of_queries(key_per, key_dim, query.dtype, device)
             if layout.value.rotated:
                 back = _rotation_back(value_per, value_dim, device)
-            geometry = _geometry(_HISTORY, layout, rows, programs, device)
+            geometry = _geometry(_HISTORY, layout, rows, device)
         else:
             matrix, matrix2 = key_matrices(layout.key, key_dim, query.dtype, device)
             key_per = value_per = 2
@@ -535,12 +567,20 @@ def paged_prefill(
             most = 64 if has_products(query.dtype, device) else 16
             wide = triton.next_power_of_2(max(key_dim, value_dim))
             geometry = Geometry(
-                max(16, min(most, _ROW_BYTES // (wide * 2), rows)), tile_tokens(layout, query.dtype, device), 4, 2
+                max(16, min(most, _ROW_BYTES // (wide * 2), rows)),
+                tile_tokens(layout, query.dtype, device),
+                4,
+                2,
             )
-        grid, options = cut(_geometries[0] or geometry)
-        earlier = torch.empty(tokens, query_heads, value_dim, dtype=torch.float32, device=device)
+        geometry = _geometries[0] or geometry
+        grid, options = cut(geometry)
+        splits = _num_splits(
+            math.prod(grid), min(max_history, window or max_history) // geometry.tokens, device
+        )
+        grid = (grid[0], grid[1], chunks * splits)
+        earlier = torch.empty(splits, tokens, query_heads, value_dim, dtype=torch.float32, device=device)
         signs = torch.empty_like(earlier) if layout.value.scheme == "qjl" else earlier
-        logs = torch.empty(tokens, query_heads, dtype=torch.float32, device=device)
+        logs = torch.empty(splits, tokens, query_heads, dtype=torch.float32, device=device)
         scratch = torch.empty(tokens, query_heads, key_dim, dtype=torch.float16, device=device)
         _history_kernel[grid](
             query, pages, block_tables, cu_chunk_lens, history_lens, matrix, matrix2, back,
@@ -548,6 +588,7 @@ def paged_prefill(
             decode_table(layout.value.scheme, query.dtype, device),
             scratch, earlier, signs, logs,
             query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
+            splits, tokens * query_heads,
             FAST=fast, KEY=layout.key.scheme, VALUE=layout.value.scheme,
             KEY_ROTATED=layout.key.rotated, VALUE_ROTATED=layout.value.rotated,
             KEY_PER=key_per, VALUE_PER=value_per, KEY_META=layout.key.num_meta,
@@ -557,21 +598,24 @@ def paged_prefill(
         if layout.value.scheme == "qjl":
             projection = qjl_projection(value_dim, torch.float32, device)
             earlier = hadamard(earlier + signs @ (projection * qjl_scale(value_dim)))
-    grid, options = cut(_geometries[1] or _geometry(_FRESH, layout, rows, programs, device))
+    grid, options = cut(_geometries[1] or _geometry(_FRESH, layout, rows, device))
     _fresh_kernel[grid](
         query, key, value, out, cu_chunk_lens, history_lens, earlier, logs, out if sinks is None else sinks,
         query if raw is None else raw.keys, query if raw is None else raw.values,
         history_lens if rings is None else rings,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        scale, softcap, window, HAS_HISTORY=max_history > 0, HAS_RAW=raw is not None,
-        HAS_SINKS=sinks is not None, HEADS=layout.num_kv_heads, **common, **options,
+        scale, softcap, window, splits, tokens * query_heads,
+        HAS_HISTORY=max_history > 0, HAS_RAW=raw is not None, HAS_SINKS=sinks is not None,
+        HEADS=layout.num_kv_heads, **common, **options,
     )  # fmt: skip
     return out
 
 
 def _torch_is_fast(layout: PageLayout, device: torch.device) -> bool:
     """Whether torch's attention of a whole prompt runs on the matrix units."""
-    return has_products(layout.dtype, device) and generation(device) >= 8 and layout.key_dim == layout.value_dim
+    return (
+        has_products(layout.dtype, device) and generation(device) >= 8 and layout.key_dim == layout.value_dim
+    )
 
 
 def _whole_prompt(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

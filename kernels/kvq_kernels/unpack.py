@@ -18,7 +18,7 @@ from torch import Tensor
 from kvq_kernels.codebook import LEVELS
 
 WORD_ELEMENTS = {"none": 2, "turbo": 8, "lm4": 8, "lm2": 16, "int8": 4, "int4": 8, "fp8": 4}
-"""Elements of a 32-bit word of each scheme that can be read here; `none`, which is not packed, keeps order."""
+"""Elements of a 32-bit word of each scheme that can be read here; `none` is read as it lies."""
 
 
 @lru_cache(maxsize=64)
@@ -62,7 +62,9 @@ def _pair(x: float) -> int:
 
 
 def _asm(*lines: str) -> tl.constexpr:
-    return tl.constexpr("{\n.reg .b32 i, s, l, h, t, u, x, y, p<4>;\n" + "".join(f"{x};\n" for x in lines) + "}")
+    return tl.constexpr(
+        "{\n.reg .b32 i, s, l, h, t, u, x, y, p<4>;\n" + "".join(f"{x};\n" for x in lines) + "}"
+    )
 
 
 def _constraints(outputs: int, inputs: int) -> tl.constexpr:
@@ -238,10 +240,7 @@ def unpack_tile(
     if SCHEME == "none":
         d = tl.arange(0, D)
         pointer = codes.to(tl.pointer_type(DTYPE), bitcast=True) + row[:, None] * D + d[None, :]
-        if MASKED:
-            tile = tl.load(pointer, mask=valid[:, None], other=0.0)
-        else:
-            tile = tl.load(pointer)
+        tile = tl.load(pointer, mask=valid[:, None], other=0.0) if MASKED else tl.load(pointer)
     else:
         N: tl.constexpr = row.shape[0]
         W: tl.constexpr = D // PER

@@ -30,10 +30,8 @@ def _execute(operation: str, *x: np.ndarray) -> np.ndarray:
     name = operation.split(".")[0]
     if operation.endswith("f16x2"):
         a, *rest = (half.view(np.float16).astype(np.float64) for half in map(np.ascontiguousarray, x))
-        if name == "fma":
-            result = a * rest[0] + rest[1]
-        else:
-            result = a + rest[0] if name == "add" else a * rest[0]
+        scaled = a * rest[0] if name in ("fma", "mul") else a
+        result = scaled + rest[-1] if name in ("fma", "add") else scaled
         return result.astype(np.float16).view(np.uint32)
     if name == "prmt":
         both = x[0].astype(np.uint64) | x[1].astype(np.uint64) << np.uint64(32)
@@ -51,6 +49,10 @@ def _execute(operation: str, *x: np.ndarray) -> np.ndarray:
                 terms = [y if row >> 2 - i & 1 else ~y for i, y in enumerate(x[:3])]
                 result |= terms[0] & terms[1] & terms[2]
         return result
-    return {"mov": lambda a: a, "and": np.bitwise_and, "sub": np.subtract, "shl": np.left_shift, "shr": np.right_shift}[
-        name
-    ](*x)
+    return {
+        "mov": lambda a: a,
+        "and": np.bitwise_and,
+        "sub": np.subtract,
+        "shl": np.left_shift,
+        "shr": np.right_shift,
+    }[name](*x)

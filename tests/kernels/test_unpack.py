@@ -17,7 +17,9 @@ HEAD_DIM = 128
 
 def pair(x: torch.Tensor) -> np.ndarray:
     """[N] -> [N, 1]: the fp16 number twice in a register."""
-    return x.half().view(torch.int16).numpy().astype(np.uint16).astype(np.uint32)[:, None] * np.uint32(0x10001)
+    return x.half().view(torch.int16).numpy().astype(np.uint16).astype(np.uint32)[:, None] * np.uint32(
+        0x10001
+    )
 
 
 def operands(scheme: str, meta: torch.Tensor) -> list[np.ndarray]:
@@ -38,7 +40,9 @@ def test_unpacks_what_the_codec_decodes(name: str) -> None:
     codec = get_codec(name)
     scheme = codec.scheme
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, (300, codec.code_bytes(HEAD_DIM, torch.float16)), generator=generator).byte()
+    codes = torch.randint(
+        0, 256, (300, codec.code_bytes(HEAD_DIM, torch.float16)), generator=generator
+    ).byte()
     codes[:256] = torch.arange(256, dtype=torch.uint8)[:, None]
     if scheme == "fp8":
         codes[(codes & 127) == 127] = 0  # NaN, which is never written
