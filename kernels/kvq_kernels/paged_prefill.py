@@ -73,6 +73,27 @@ def _to_range_of_half(x):
 
 
 @triton.jit
+def _rotated_back(x, place, real, matrix, D: tl.constexpr):
+    """x [M, D] times H in `unpacked_order`, by way of memory at `place` [M, 1], piece by piece.
+
+    In two fp16 parts and times ±1, so that nothing but the sums is rounded.
+    """
+    d = tl.arange(0, D)
+    x, factor = _to_range_of_half(x)
+    tl.store(place + d[None, :], x, mask=real[:, None])
+    tl.debug_barrier()
+    out = tl.zeros(x.shape, tl.float32)
+    for start in tl.range(0, D, 64, num_stages=1):
+        k = start + tl.arange(0, 64)
+        piece = tl.load(place + k[None, :], mask=real[:, None], other=0.0)
+        h = tl.load(matrix + k[:, None] * D + d[None, :])
+        high = piece.to(tl.float16)
+        out = tl.dot((piece - high.to(tl.float32)).to(tl.float16), h, tl.dot(high, h, out))
+    tl.debug_barrier()
+    return out * (factor * (1.0 / D**0.5))[:, None]
+
+
+@triton.jit
 def _load_metas(
     block, tile, low, high,
     MASKED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KEY_META: tl.constexpr,
@@ -163,37 +184,41 @@ def _history_kernel(
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     QUERY_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     DTYPE: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, BT: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BT: tl.constexpr, SPLIT_TILES: tl.constexpr,
 ):  # fmt: skip
-    """BT tokens of one chunk and one kv head a program, over the pages: one of `splits` parts of them.
+    """BT tokens of one chunk and one kv head a program, over one of `splits` parts of the pages.
 
-    Writes the weighted mean of the values and log2 of the weights' sum (-inf, and zeros: nothing was seen).
+    Writes log2 of the weights' sum and, unless it is -inf, the weighted mean of the values.
     """
     block, head = tl.program_id(0), tl.program_id(1)
     chunk, split = tl.program_id(2) // splits, tl.program_id(2) % splits
     begin = tl.load(cu_chunk_lens + chunk)
     length = tl.load(cu_chunk_lens + chunk + 1) - begin
     history = tl.load(history_lens + chunk)
-    if (block * BT < length) & (history > 0):
-        M: tl.constexpr = BT * GP
-        r = tl.arange(0, M)
-        token = block * BT + r // GP
-        query_head = head * G + r % GP
-        real = (token < length) & (r % GP < G)
-        at = (begin + token).to(tl.int64)
+    low = SINK
+    if WINDOW:
+        low = tl.maximum(history + block * BT - window + 1, SINK)
+    high = history
+    if RECENT > 0:
+        high = tl.minimum(history, history + tl.minimum(block * BT + BT, length) - RECENT)
+    first = low // N
+    last = tl.maximum(tl.cdiv(high, N), first)
+    share = tl.maximum(tl.cdiv(last - first, splits), SPLIT_TILES)
+    first = tl.minimum(first + split * share, last)
+    last = tl.minimum(first + share, last)
+    M: tl.constexpr = BT * GP
+    r = tl.arange(0, M)
+    token = block * BT + r // GP
+    query_head = head * G + r % GP
+    real = (token < length) & (r % GP < G)
+    at = (begin + token).to(tl.int64)
+    to = at * QUERY_HEADS + query_head + split.to(tl.int64) * split_stride
+    present = (block * BT < length) & (history > 0)
+    if present & (first == last):
+        tl.store(logs + to, tl.full((M,), float("-inf"), tl.float32), mask=real)
+    if present & (first < last):
         rows = query + at * query_stride + query_head * query_head_stride
         t = history + token
-        low = SINK
-        if WINDOW:
-            low = tl.maximum(history + block * BT - window + 1, SINK)
-        high = history
-        if RECENT > 0:
-            high = tl.minimum(history, history + tl.minimum(block * BT + BT, length) - RECENT)
-        first = low // N
-        last = tl.maximum(tl.cdiv(high, N), first)
-        share = tl.cdiv(last - first, splits)
-        first = tl.minimum(first + split * share, last)
-        last = tl.minimum(first + share, last)
         pages += head.to(tl.int64) * BLOCK_BYTES
         table = tables + chunk.to(tl.int64) * table_stride
         m = tl.full((M,), float("-inf"), tl.float32)
@@ -259,17 +284,11 @@ def _history_kernel(
         acc = acc * inverse
         d = tl.arange(0, DVP)
         if FAST and VALUE_ROTATED:
-            # by a matrix of ±1, and in two parts, so that nothing but the sums is rounded
-            e = tl.arange(0, DV)
-            h = tl.load(back + e[:, None] * DV + e[None, :])
-            acc, factor = _to_range_of_half(acc)
-            rest = (acc - acc.to(tl.float16).to(tl.float32)).to(tl.float16)
-            acc = tl.dot(rest, h, tl.dot(acc.to(tl.float16), h)) * (factor * (1.0 / DV**0.5))[:, None]
+            acc = _rotated_back(acc, out + to[:, None] * DV, real, back, DV)
         elif FAST:
             d = unpacked_elements(VALUE_PER, DV)
         elif VALUE_ROTATED and VALUE != "qjl":
             acc = walsh(acc, M, DV) * (1.0 / DV**0.5)
-        to = at * QUERY_HEADS + query_head + split.to(tl.int64) * split_stride
         tl.store(logs + to, tl.where(l > 0, log, float("-inf")), mask=real)
         mask = real[:, None] & (d < DV)[None, :]
         tl.store(out + to[:, None] * DV + d[None, :], acc, mask=mask)
@@ -356,7 +375,8 @@ def _fresh_kernel(
                 for split in range(splits):
                     part_of = to + tl.cast(split, tl.int64) * split_stride
                     log = tl.load(logs + part_of, mask=real, other=float("-inf"))
-                    mean = tl.load(earlier + part_of[:, None] * DV + d[None, :], mask=real_values, other=0.0)
+                    there = real_values & (log > float("-inf"))[:, None]
+                    mean = tl.load(earlier + part_of[:, None] * DV + d[None, :], mask=there, other=0.0)
                     m_new = tl.maximum(m, log)
                     top = tl.where(m_new == float("-inf"), 0.0, m_new)
                     alpha, weight = tl.exp2(m - top), tl.exp2(log - top)
@@ -417,22 +437,30 @@ class Geometry(NamedTuple):
     """Of a thread, at most: so that two programs fit a multiprocessor."""
 
 
-_HISTORY = {
-    (9, 64): Geometry(128, 64, 8, 3), (9, 128): Geometry(128, 64, 8, 3), (9, 256): Geometry(64, 32, 4, 2),
-    (8, 64): Geometry(128, 64, 4, 3), (8, 128): Geometry(64, 64, 4, 2), (8, 256): Geometry(64, 32, 4, 2),
-}  # fmt: skip
-"""(generation of the GPU, head dim) -> geometry over packed tokens; later generations are taken for 9."""
-_FRESH = {
-    (9, 64): Geometry(128, 64, 4, 3), (9, 128): Geometry(128, 64, 8, 3), (9, 256): Geometry(64, 32, 4, 2),
-    (8, 64): Geometry(128, 64, 4, 3), (8, 128): Geometry(64, 64, 4, 2), (8, 256): Geometry(64, 32, 4, 2),
-}  # fmt: skip
+_PACKED = {
+    (9, 64): Geometry(128, 64, 8, 3, 128),
+    (9, 128): Geometry(128, 64, 8, 3, 128),
+    (9, 256): Geometry(128, 64, 8, 2),
+    (8, 64): Geometry(128, 64, 4, 3),
+    (8, 128): Geometry(128, 64, 8, 2),
+}
+"""(generation of the GPU, head dim) -> geometry over codes to unpack; 9 stands for 10 and 11, 8 for 12."""
+_PLAIN = {
+    (9, 64): Geometry(128, 64, 4, 3),
+    (9, 128): Geometry(128, 64, 8, 2, 128),
+    (9, 256): Geometry(128, 64, 8, 2),
+    (8, 64): Geometry(128, 64, 4, 3),
+    (8, 128): Geometry(64, 64, 4, 2),
+    (8, 256): Geometry(64, 32, 4, 2),
+}
+"""The same over K and V as they are: fewer tiles under way, they are larger."""
 _SPLIT_TILES = 8
 """Tiles of history that a program of its own is worth."""
 _MOST_SPLITS = 16
 _WARP_ROWS = 16
 """Rows that one warp holds at least, where the matrix units multiply."""
 _ROW_BYTES = 16384
-"""Of one tile of queries, where they do not."""
+"""Of one tile of queries, on the portable path."""
 
 
 @lru_cache(maxsize=16)
@@ -447,14 +475,23 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _unpacks_fast(layout: PageLayout, device: torch.device) -> bool:
-    dims = (layout.key_dim, layout.value_dim)
+    """Whether `unpack.py` serves; at head dim 256 only where registers and memory allow."""
+    widest = 256 if generation(device) in (9, 10, 11) else 128
     return (
         has_products(layout.dtype, device)
         and generation(device) >= 8
         and all(codec.scheme in WORD_ELEMENTS for codec in (layout.key, layout.value))
-        and all(dim & (dim - 1) == 0 and 64 <= dim <= 256 for dim in dims)
+        and all(dim & (dim - 1) == 0 and 64 <= dim <= widest for dim in (layout.key_dim, layout.value_dim))
         and layout.page_size % 16 == 0
     )
+
+
+def _portable_geometry(layout: PageLayout, rows: int, device: torch.device) -> Geometry:
+    """64 rows with the group's heads, fewer where the accumulator would not fit."""
+    wide = triton.next_power_of_2(max(layout.key_dim, layout.value_dim))
+    most = 64 if has_products(layout.dtype, device) else 16
+    rows = max(16, min(most, _ROW_BYTES // (wide * 2), rows))
+    return Geometry(rows, tile_tokens(layout, layout.dtype, device), 4, 2)
 
 
 def _geometry(
@@ -462,10 +499,10 @@ def _geometry(
 ) -> Geometry:
     """The table's geometry; fewer rows where a chunk has no more."""
     wide = max(64, triton.next_power_of_2(max(layout.key_dim, layout.value_dim)))
-    if not has_products(layout.dtype, device):
-        rows = max(16, min(16, _ROW_BYTES // (wide * 2), rows))
-        return Geometry(rows, tile_tokens(layout, layout.dtype, device), 4, 2)
-    chosen = table[min(max(generation(device), 8), 9), min(wide, 256)]
+    family = 9 if generation(device) in (9, 10, 11) else 8
+    if not has_products(layout.dtype, device) or (family, wide) not in table:
+        return _portable_geometry(layout, rows, device)
+    chosen = table[family, wide]
     most = max(16, min(chosen.rows, rows))
     page = layout.page_size & -layout.page_size
     return chosen._replace(
@@ -524,8 +561,8 @@ def paged_prefill(
     check_pages(pages, layout)
     if not max_chunk:
         return query.new_empty(tokens, query_heads, value_dim)
-    plain = not (max_history or window or softcap or sinks is not None)
-    if plain and chunks == 1 and max_chunk == tokens and _torch_is_fast(layout, device):
+    simple = not (max_history or window or softcap or sinks is not None)
+    if simple and chunks == 1 and max_chunk == tokens and _torch_is_fast(layout, device):
         return _whole_prompt(query, key, value, scale)
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = query_heads // layout.num_kv_heads
@@ -559,19 +596,13 @@ def paged_prefill(
                 matrix = _rotation_of_queries(key_per, key_dim, query.dtype, device)
             if layout.value.rotated:
                 back = _rotation_back(value_per, value_dim, device)
-            geometry = _geometry(_HISTORY, layout, rows, device)
+            plain = "none" in (layout.key.scheme, layout.value.scheme)
+            geometry = _geometry(_PLAIN if plain else _PACKED, layout, rows, device)
         else:
             matrix, matrix2 = key_matrices(layout.key, key_dim, query.dtype, device)
             key_per = value_per = 2
             back = matrix
-            most = 64 if has_products(query.dtype, device) else 16
-            wide = triton.next_power_of_2(max(key_dim, value_dim))
-            geometry = Geometry(
-                max(16, min(most, _ROW_BYTES // (wide * 2), rows)),
-                tile_tokens(layout, query.dtype, device),
-                4,
-                2,
-            )
+            geometry = _portable_geometry(layout, rows, device)
         geometry = _geometries[0] or geometry
         grid, options = cut(geometry)
         splits = _num_splits(
@@ -593,12 +624,12 @@ def paged_prefill(
             KEY_ROTATED=layout.key.rotated, VALUE_ROTATED=layout.value.rotated,
             KEY_PER=key_per, VALUE_PER=value_per, KEY_META=layout.key.num_meta,
             VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
-            BLOCK_BYTES=layout.block_bytes, P=layout.page_size, **common, **options,
+            BLOCK_BYTES=layout.block_bytes, P=layout.page_size, SPLIT_TILES=_SPLIT_TILES, **common, **options,
         )  # fmt: skip
         if layout.value.scheme == "qjl":
             projection = qjl_projection(value_dim, torch.float32, device)
             earlier = hadamard(earlier + signs @ (projection * qjl_scale(value_dim)))
-    grid, options = cut(_geometries[1] or _geometry(_FRESH, layout, rows, device))
+    grid, options = cut(_geometries[1] or _geometry(_PLAIN, layout, rows, device))
     _fresh_kernel[grid](
         query, key, value, out, cu_chunk_lens, history_lens, earlier, logs, out if sinks is None else sinks,
         query if raw is None else raw.keys, query if raw is None else raw.values,
@@ -623,4 +654,4 @@ def _whole_prompt(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1).contiguous()
