@@ -191,6 +191,8 @@ _LARGEST_NORM = tl.constexpr(20000.0)
 """Norms are clamped to it: times the largest level they stay finite in fp16. No model's vectors get there."""
 _LARGEST_SCALE = tl.constexpr(37000.0 / 256)
 """Of fp8, for the same reason."""
+_LARGEST_SUM = tl.constexpr(65000.0)
+"""Minimum + largest code · scale, likewise."""
 
 
 # --- tiles --------------------------------------------------------------------------------------------------
@@ -263,16 +265,18 @@ def unpack_tile(
             )  # fmt: skip
             pairs = tl.join(tl.join(a, c), tl.join(b, d))
         elif SCHEME == "int4":
+            scale = _clamped(first, (_LARGEST_SUM - second) * (1 / 15))
             a, b, c, d = tl.inline_asm_elementwise(
                 _INT4, _4_FROM_3,
-                [word, _doubled(first, W), _doubled(second, W)],
+                [word, _doubled(scale, W), _doubled(second, W)],
                 (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
             )  # fmt: skip
             pairs = tl.join(tl.join(a, c), tl.join(b, d))
         elif SCHEME == "int8":
+            scale = _clamped(first, (_LARGEST_SUM - second) * (1 / 255))
             a, b = tl.inline_asm_elementwise(
                 _INT8, _2_FROM_3,
-                [word, _doubled(first, W), _doubled(second, W)],
+                [word, _doubled(scale, W), _doubled(second, W)],
                 (tl.int32, tl.int32), True, 1,
             )  # fmt: skip
             pairs = tl.join(a, b)
