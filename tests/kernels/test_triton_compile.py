@@ -42,6 +42,7 @@ def fits(dtype: torch.dtype, device: torch.device, *, capability: int) -> bool:
 def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (paged_decode, paged_prefill):
         monkeypatch.setattr(module, "has_products", partial(fits, capability=capability))
+    monkeypatch.setattr(paged_prefill, "generation", lambda device: capability // 10)
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
     if name.startswith("float32"):
         dtype = torch.float32
@@ -77,6 +78,8 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
     for launch in launches:
         compiled = launch.compile(capability)
         assert compiled.metadata.shared <= SHARED_LIMIT[capability] * 1024, launch.name
+        if launch.name == "_history_kernel" and capability == 90 and name in ("turbo-D128", "int-D128"):
+            assert "wgmma" in compiled.asm["ptx"] and "fma.rn.f16x2" in compiled.asm["ptx"]
         used = resources(compiled.asm["cubin"])
         fast = capability >= 80 and dtype != torch.float32 and name in ("turbo-D128", "int-D128", "none-D128")
         kernels = ("_store_kernel", "_decode_kernel", "_merge_kernel", "_warp_decode_kernel")

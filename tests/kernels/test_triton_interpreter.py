@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from tests.kernels import ptx
 from tests.kernels.naive import Case, build, check, decode, prefill
 from tests.kernels.pairwise import pairwise
 
@@ -34,6 +36,9 @@ if not INSIDE:
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 else:
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
     from kvq_core.codecs import get_codec
     from kvq_core.policies import CODEC_NAMES
     from kvq_kernels import paged_decode, paged_prefill, quantize_store, reference
@@ -83,6 +88,30 @@ else:
         }
     )
 
+    UNPACKED = pairwise(
+        {
+            "codecs": (
+                "turbo:lm2", "lm2:turbo", "turbo-rms:lm4", "lm4:int4", "int4:int8", "int8:fp8", "fp8:none",
+                "none:lm2",
+            ),
+            "head_dim": (64, 128),
+            "group": (1, 3, 8),
+            "window": WINDOWS,
+            "raw": RAW,
+            "dtype": (torch.float16,),
+            "sinks": (False, True),
+            "page_size": (64, 16),
+            "contexts": ((0, 0), (64, 0), (63, 1), (330, 65)),
+            "chunks": ((1, 20), (17, 1), (64, 33)),
+        }
+    )  # fmt: skip
+
+    def run_assembly(assembly, constraints, operands, dtype, is_pure, pack):
+        words = [x.handle.data.astype(np.int32).view(np.uint32) for x in operands]
+        shape = [int(n) for n in operands[0].shape]
+        results = (TensorHandle(x.view(np.int32), tl.int32) for x in ptx.run(assembly.value, *words))
+        return tuple(tl.tensor(x, tl.block_type(tl.int32, shape)) for x in results)
+
     @pytest.mark.parametrize("axes", DECODE, ids=label)
     def test_decode(axes: dict) -> None:
         problem = build(case_of(axes), reference.store, reference.store_raw)
@@ -90,6 +119,16 @@ else:
 
     @pytest.mark.parametrize("axes", PREFILL, ids=label)
     def test_prefill(axes: dict) -> None:
+        problem = build(case_of(axes), reference.store, reference.store_raw)
+        check(prefill(problem, paged_prefill.paged_prefill), problem)
+
+    @pytest.mark.parametrize("splits", [1, 3])
+    @pytest.mark.parametrize("axes", UNPACKED, ids=label)
+    def test_prefill_unpacks_by_ptx(axes: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The path of sm_80+, its inline assembly run in numpy."""
+        monkeypatch.setattr(tl, "inline_asm_elementwise", run_assembly)
+        monkeypatch.setattr(paged_prefill, "_unpacks_fast", lambda layout, device: True)
+        monkeypatch.setattr(paged_prefill, "_num_splits", lambda programs, tiles, device: splits)
         problem = build(case_of(axes), reference.store, reference.store_raw)
         check(prefill(problem, paged_prefill.paged_prefill), problem)
 

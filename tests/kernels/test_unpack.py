@@ -1,0 +1,62 @@
+"""The bit logic of `unpack.py`, run on a CPU: what the codecs decode to, rounded to fp16."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kvq_core.codecs import get_codec
+from kvq_kernels import unpack
+from kvq_kernels.codebook import LEVELS
+from kvq_kernels.unpack import WORD_ELEMENTS, unpacked_order
+from tests.kernels import ptx
+
+HEAD_DIM = 128
+
+
+def pair(x: torch.Tensor) -> np.ndarray:
+    """[N] -> [N, 1]: the fp16 number twice in a register."""
+    return x.half().view(torch.int16).numpy().astype(np.uint16).astype(np.uint32)[:, None] * np.uint32(
+        0x10001
+    )
+
+
+def operands(scheme: str, meta: torch.Tensor) -> list[np.ndarray]:
+    """What `unpack_tile` passes beside the codes."""
+    first, second = meta[:, 0].float(), meta[:, -1].float()
+    if scheme == "turbo":
+        return [pair(first), pair(-first * second)]
+    if scheme == "lm2":
+        small, large = LEVELS[2][2:]
+        return [pair(first * (large - small)), pair(first * small)]
+    if scheme == "fp8":
+        return [pair(first * 256)]
+    return [pair(-first)] if scheme == "lm4" else [pair(first), pair(second)]
+
+
+@pytest.mark.parametrize("name", ["turbo", "turbo-rms", "lm4", "lm2", "int8", "int4", "fp8"])
+def test_unpacks_what_the_codec_decodes(name: str) -> None:
+    codec = get_codec(name)
+    scheme = codec.scheme
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(
+        0, 256, (300, codec.code_bytes(HEAD_DIM, torch.float16)), generator=generator
+    ).byte()
+    codes[:256] = torch.arange(256, dtype=torch.uint8)[:, None]
+    if scheme == "fp8":
+        codes[(codes & 127) == 127] = 0  # NaN, which is never written
+    meta = torch.rand(300, codec.num_meta, generator=generator).add_(0.1).half()
+    words = codes.numpy().view(np.uint32)
+    assembly = getattr(unpack, f"_{scheme.upper()}").value
+    others = [np.broadcast_to(x, words.shape) for x in operands(scheme, meta)]
+    registers = ptx.run(assembly, words, *others)
+    assert len(registers) * 2 == WORD_ELEMENTS[scheme]
+    halves = [r.view(np.float16).reshape(*words.shape, 2) for r in registers]
+    columns = torch.from_numpy(np.stack(halves, 2).astype(np.float64)).reshape(300, HEAD_DIM)
+    ours = torch.empty_like(columns)
+    ours[:, unpacked_order(WORD_ELEMENTS[scheme], HEAD_DIM, torch.device("cpu"))] = columns
+    expected = codec.decode(codes, meta, HEAD_DIM, torch.float64)
+    # turbo and lm2 round what they add and multiply as well
+    torch.testing.assert_close(ours, expected, rtol=2**-9, atol=2**-11)
+    assert (ours - expected).square().mean().sqrt() <= 2**-11 * expected.square().mean().sqrt()
