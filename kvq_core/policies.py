@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from kvq_core.errors import KvqError, UsageError
 
 CODEC_NAMES = (
-    "none", "fp8", "int8", "int4", "lm4", "lm3", "lm2", "lm2-plain", "turbo", "turbo-rms", "qjl",
+    "none", "fp8", "int8", "int4", "lm4", "lm4-fit", "lm3", "lm2", "lm2-plain", "lm2-corrected", "turbo",
+    "turbo-rms", "turbo-corrected", "qjl",
 )  # fmt: skip
 """Names of the codecs in `kvq_core.codecs`; listed here so that policies are checked without torch."""
 
@@ -56,8 +57,16 @@ REGISTRY: tuple[Policy, ...] = (
         "turbo", "turbo", "lm2", number=42,
         summary="TurboQuant: Hadamard rotation; K 3-bit Lloyd-Max + residual sign, V 2-bit Lloyd-Max",
     ),
+    Policy("42-window", "turbo", "lm2", sink=4, recent=128, summary="42, 4 + 128 tokens unquantized"),
+    Policy("42-lm4", "lm4-fit", "lm2", summary="42 with a 4-bit Lloyd-Max codebook for K, no residual sign"),
+    Policy(
+        "42-corrected", "turbo-corrected", "lm2-corrected",
+        summary="42 with mean residual and corrected norms, no scale search",
+    ),
     Policy("42-rms", "turbo-rms", "lm2-plain", summary="42 as LMDeploy stores it: rms residual, plain norms"),
     Policy("qjl", "qjl", "lm2-plain", summary="42 with a true QJL residual (Gaussian projection)"),
+    Policy("k8v4", "int8", "int4", summary="8-bit keys, which need them more, and 4-bit values"),
+    Policy("k4v4", "int4", "int4", summary="int4 by another name"),
 )  # fmt: skip
 
 
@@ -75,7 +84,7 @@ def get_policy(spec: "int | str | Policy") -> Policy:
     key, colon, value = text.partition(":")
     if colon and key in CODEC_NAMES and value in CODEC_NAMES:
         for policy in REGISTRY:
-            if (policy.key, policy.value) == (key, value):
+            if policy.number is not None and (policy.key, policy.value) == (key, value):
                 return policy
         return Policy(f"{key}:{value}", key, value, summary=f"K {key}, V {value}")
     if not colon and text in CODEC_NAMES:
