@@ -1,5 +1,6 @@
 """Policies: a codec for keys, a codec for values, and how many tokens stay unquantized."""
 
+import re
 from dataclasses import dataclass, replace
 
 from kvq_core.errors import KvqError, UsageError
@@ -70,14 +71,19 @@ REGISTRY: tuple[Policy, ...] = (
 )  # fmt: skip
 
 
+WINDOW = re.compile(r"(.+)\+s(\d{1,6})r(\d{1,6})")
+
+
 def get_policy(spec: "int | str | Policy") -> Policy:
     """The policy for a number (0, 8, 4, 16, 42), a registered name, or a pair `K:V` of codecs.
 
-    Raises `KvqError` with the list of known names for anything else.
+    Any of them may end in `+sNrM`, as labels do: the first N and the last M tokens stay unquantized. Raises `KvqError` with the list of known names for anything else.
     """
     if isinstance(spec, Policy):
         return spec
     text = str(spec).strip().lower()
+    if window := WINDOW.fullmatch(text):
+        return get_policy(window[1]).with_window(int(window[2]), int(window[3]))
     for policy in REGISTRY:
         if text in (policy.name, str(policy.number)):
             return policy
@@ -92,7 +98,8 @@ def get_policy(spec: "int | str | Policy") -> Policy:
     known = ", ".join(f"{p.number} ({p.name})" if p.number is not None else p.name for p in REGISTRY)
     raise KvqError(
         f"unknown policy {text!r}",
-        f"use one of {known}, or a pair K:V of the codecs {', '.join(CODEC_NAMES)}",
+        f"use one of {known}, or a pair K:V of the codecs {', '.join(CODEC_NAMES)}; "
+        "`+s4r128` after any of them keeps the first 4 and the last 128 tokens unquantized",
     )
 
 

@@ -189,6 +189,7 @@ POLICIES = {
     "16": {"policy": 16},
     "42": {"policy": 42},
     "42-rms": {"policy": "42-rms"},
+    "42-lm4": {"policy": "42-lm4"},
     "qjl": {"policy": "qjl"},
     "lm4-lm2": {"policy": "lm4:lm2"},
     "int8-lm4": {"policy": "int8:lm4"},
