@@ -31,7 +31,7 @@ def _fitted(anchor: str, *candidates: float) -> EncoderOptions:
 _FITTED_TURBO = _fitted("peak", 2.25, 2.4, 2.55, 2.7)
 _FITTED_LM4 = _fitted("peak", 2.7, 2.9, 3.1)
 _FITTED_LM3 = _fitted("peak", 2.4, 2.7, 3.0)
-_FITTED_LM2 = _fitted("rms", 0.9, 1.05)
+_FITTED_LM2 = _fitted("rms", 0.8, 0.9, 1.0, 1.1)
 
 _CODECS: dict[str, BaseCodec] = {
     codec.name: codec
