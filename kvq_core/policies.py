@@ -1,11 +1,13 @@
 """Policies: a codec for keys, a codec for values, and how many tokens stay unquantized."""
 
+import re
 from dataclasses import dataclass, replace
 
 from kvq_core.errors import KvqError, UsageError
 
 CODEC_NAMES = (
-    "none", "fp8", "int8", "int4", "lm4", "lm3", "lm2", "lm2-plain", "turbo", "turbo-rms", "qjl",
+    "none", "fp8", "int8", "int4", "lm4", "lm4-fit", "lm3", "lm2", "lm2-plain", "lm2-corrected", "turbo",
+    "turbo-rms", "turbo-corrected", "qjl",
 )  # fmt: skip
 """Names of the codecs in `kvq_core.codecs`; listed here so that policies are checked without torch."""
 
@@ -56,26 +58,40 @@ REGISTRY: tuple[Policy, ...] = (
         "turbo", "turbo", "lm2", number=42,
         summary="TurboQuant: Hadamard rotation; K 3-bit Lloyd-Max + residual sign, V 2-bit Lloyd-Max",
     ),
+    Policy("42-window", "turbo", "lm2", sink=4, recent=128, summary="42, 4 + 128 tokens unquantized"),
+    Policy("42-lm4", "lm4-fit", "lm2", summary="42 with a 4-bit Lloyd-Max codebook for K, no residual sign"),
+    Policy(
+        "42-corrected", "turbo-corrected", "lm2-corrected",
+        summary="42 with mean residual and corrected norms, no scale search",
+    ),
     Policy("42-rms", "turbo-rms", "lm2-plain", summary="42 as LMDeploy stores it: rms residual, plain norms"),
     Policy("qjl", "qjl", "lm2-plain", summary="42 with a true QJL residual (Gaussian projection)"),
+    Policy("k8v4", "int8", "int4", summary="8-bit keys, which need them more, and 4-bit values"),
+    Policy("k4v4", "int4", "int4", summary="int4 by another name"),
 )  # fmt: skip
+
+
+WINDOW = re.compile(r"(.+)\+s(\d{1,6})r(\d{1,6})")
 
 
 def get_policy(spec: "int | str | Policy") -> Policy:
     """The policy for a number (0, 8, 4, 16, 42), a registered name, or a pair `K:V` of codecs.
 
+    Any of them may end in `+sNrM`, as labels do: the first N and the last M tokens stay unquantized.
     Raises `KvqError` with the list of known names for anything else.
     """
     if isinstance(spec, Policy):
         return spec
     text = str(spec).strip().lower()
+    if window := WINDOW.fullmatch(text):
+        return get_policy(window[1]).with_window(int(window[2]), int(window[3]))
     for policy in REGISTRY:
         if text in (policy.name, str(policy.number)):
             return policy
     key, colon, value = text.partition(":")
     if colon and key in CODEC_NAMES and value in CODEC_NAMES:
         for policy in REGISTRY:
-            if (policy.key, policy.value) == (key, value):
+            if policy.number is not None and (policy.key, policy.value) == (key, value):
                 return policy
         return Policy(f"{key}:{value}", key, value, summary=f"K {key}, V {value}")
     if not colon and text in CODEC_NAMES:
@@ -83,7 +99,8 @@ def get_policy(spec: "int | str | Policy") -> Policy:
     known = ", ".join(f"{p.number} ({p.name})" if p.number is not None else p.name for p in REGISTRY)
     raise KvqError(
         f"unknown policy {text!r}",
-        f"use one of {known}, or a pair K:V of the codecs {', '.join(CODEC_NAMES)}",
+        f"use one of {known}, or a pair K:V of the codecs {', '.join(CODEC_NAMES)}; "
+        "`+s4r128` after any of them keeps the first 4 and the last 128 tokens unquantized",
     )
 
 

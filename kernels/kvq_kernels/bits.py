@@ -310,18 +310,19 @@ def _code(y, table, SCHEME: tl.constexpr, BITS: tl.constexpr, RESIDUAL: tl.const
 def _store_rotated(
     x, codes, meta, mask, table, projection,
     SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
-    D: tl.constexpr, P: tl.constexpr,
+    ANCHOR: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Lloyd-Max codes of x [R, D], already rotated."""
     BITS: tl.constexpr = 2 if SCHEME == "lm2" else (4 if SCHEME == "lm4" else 3)
     norm = to_half(tl.sqrt_rn(tl.sum(x * x, 1) / D)).to(tl.float32)
     y = _divide(x, norm[:, None])
+    unit = _divide(y, tl.max(tl.abs(y), 1)[:, None]) if ANCHOR == "peak" else y
     first = 2 * 2**BITS
-    index, coded, scale = _code(y * tl.load(table + first), table, SCHEME, BITS, RESIDUAL, D)
+    index, coded, scale = _code(unit * tl.load(table + first), table, SCHEME, BITS, RESIDUAL, D)
     dot = tl.sum(y * coded, 1)
     square = tl.sum(coded * coded, 1)
     for k in range(1, CANDIDATES):
-        index2, coded2, scale2 = _code(y * tl.load(table + first + k), table, SCHEME, BITS, RESIDUAL, D)
+        index2, coded2, scale2 = _code(unit * tl.load(table + first + k), table, SCHEME, BITS, RESIDUAL, D)
         dot2 = tl.sum(y * coded2, 1)
         square2 = tl.sum(coded2 * coded2, 1)
         better = dot2 * dot2 / square2 > dot * dot / square
@@ -364,7 +365,8 @@ def _store_rotated(
 def store_rows(
     x, codes, meta, mask, table, projection,
     SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
-    ROTATED: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
+    ANCHOR: tl.constexpr, ROTATED: tl.constexpr,
+    DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Encode x [R, DP], zero beyond D, to rows whose codes and first metadata lie at `codes`, `meta` [R]."""
     R: tl.constexpr = x.shape[0]
@@ -379,7 +381,9 @@ def store_rows(
         x = tl.where(x == x, tl.minimum(tl.maximum(x, -1073741824.0), 1073741824.0), x)
         spoiled = tl.sum(x * 0.0, 1)  # NaN where any element is: minima and maxima pass over it
         if ROTATED:
-            _store_rotated(x, codes, meta, mask, table, projection, SCHEME, NORM, RESIDUAL, CANDIDATES, D, P)
+            _store_rotated(
+                x, codes, meta, mask, table, projection, SCHEME, NORM, RESIDUAL, CANDIDATES, ANCHOR, D, P
+            )
         elif SCHEME == "fp8":
             scale = to_half(tl.div_rn(tl.max(tl.abs(x), 1), 448.0) + spoiled)
             scaled = _divide(x, scale.to(tl.float32)[:, None])

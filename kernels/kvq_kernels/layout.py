@@ -17,6 +17,8 @@ class EncoderOptions:
     """The residual scale of `turbo`: abs (least squares) | rms (as LMDeploy stores it)"""
     candidates: tuple[float, ...] = (1.0,)
     """Scales tried before rounding; the one with the least squared error after its best norm is kept."""
+    anchor: str = "rms"
+    """What a candidate is the size of: the vector's rms, or its peak (largest absolute element)"""
 
 
 class Codec(Protocol):

@@ -22,6 +22,7 @@ def _store_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, KEY_NORM: tl.constexpr, VALUE_NORM: tl.constexpr,
     KEY_RESIDUAL: tl.constexpr, VALUE_RESIDUAL: tl.constexpr,
     KEY_CANDIDATES: tl.constexpr, VALUE_CANDIDATES: tl.constexpr,
+    KEY_ANCHOR: tl.constexpr, VALUE_ANCHOR: tl.constexpr,
     KEY_ROTATED: tl.constexpr, VALUE_ROTATED: tl.constexpr,
     KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
@@ -43,7 +44,7 @@ def _store_kernel(
         x = tl.load(source[:, None] + d[None, :], mask=mask[:, None] & (d < DK)[None, :], other=0.0)
         store_rows(
             x, block + row * KEY_BYTES, meta, mask, key_table, key_projection,
-            KEY, KEY_NORM, KEY_RESIDUAL, KEY_CANDIDATES, KEY_ROTATED, DTYPE, DK, DKP, P,
+            KEY, KEY_NORM, KEY_RESIDUAL, KEY_CANDIDATES, KEY_ANCHOR, KEY_ROTATED, DTYPE, DK, DKP, P,
         )  # fmt: skip
     else:
         d = tl.arange(0, DVP)
@@ -52,7 +53,8 @@ def _store_kernel(
         store_rows(
             x, block + VALUE_OFFSET + row * VALUE_BYTES, meta + KEY_META * P, mask,
             value_table, value_projection,
-            VALUE, VALUE_NORM, VALUE_RESIDUAL, VALUE_CANDIDATES, VALUE_ROTATED, DTYPE, DV, DVP, P,
+            VALUE, VALUE_NORM, VALUE_RESIDUAL, VALUE_CANDIDATES, VALUE_ANCHOR, VALUE_ROTATED,
+            DTYPE, DV, DVP, P,
         )  # fmt: skip
 
 
@@ -128,6 +130,7 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         KEY=k.scheme, VALUE=v.scheme, KEY_NORM=k.encoder.norm_mode, VALUE_NORM=v.encoder.norm_mode,
         KEY_RESIDUAL=k.encoder.residual, VALUE_RESIDUAL=v.encoder.residual,
         KEY_CANDIDATES=len(k.encoder.candidates), VALUE_CANDIDATES=len(v.encoder.candidates),
+        KEY_ANCHOR=k.encoder.anchor, VALUE_ANCHOR=v.encoder.anchor,
         KEY_ROTATED=k.rotated, VALUE_ROTATED=v.rotated,
         KEY_BYTES=layout.key_code_bytes, VALUE_BYTES=layout.value_code_bytes, KEY_META=k.num_meta,
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,

@@ -80,7 +80,7 @@ def policies(
         first = geometry.layers[0]
         rows = [
             _row(policy, first.key_dim, first.value_dim)
-            | _capacity(geometry, policy, memory, page_size, max_num_seqs)
+            | _capacity(geometry, policy, memory, page_size, max_num_seqs, asked_for=bool(names))
             for policy in chosen
         ]
     document["policies"] = rows
@@ -121,9 +121,19 @@ def _row(policy: Policy, key_dim: int, value_dim: int) -> dict[str, Any]:
 
 
 def _capacity(
-    geometry: "ModelGeometry", policy: Policy, memory: int, page_size: int, max_num_seqs: int
+    geometry: "ModelGeometry",
+    policy: Policy,
+    memory: int,
+    page_size: int,
+    max_num_seqs: int,
+    *,
+    asked_for: bool,
 ) -> dict[str, Any]:
-    """What of a model's cache fits into `memory` bytes; nothing where the policy can't take the model."""
+    """What of a model's cache fits into `memory` bytes; nothing where the policy can't take the model.
+
+    Raises `KvqError` where not one request fits, unless only the windows of a policy that nobody asked for
+    are too large.
+    """
     import torch
 
     from kvq_core.cache.plan import page_layout, plan_cache
@@ -133,16 +143,21 @@ def _capacity(
             page_layout(layer, policy, page_size, torch.bfloat16)
     except KvqError as error:
         return {"problem": error.message}
-    plan = plan_cache(
-        geometry,
-        policy,
-        memory,
-        page_size=page_size,
-        max_num_seqs=max_num_seqs,
-        prefill_chunk=DEFAULTS.prefill_chunk,
-        max_model_len=geometry.max_model_len,
-        dtype=torch.bfloat16,
-    )
+    try:
+        plan = plan_cache(
+            geometry,
+            policy,
+            memory,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            prefill_chunk=DEFAULTS.prefill_chunk,
+            max_model_len=geometry.max_model_len,
+            dtype=torch.bfloat16,
+        )
+    except KvqError as error:
+        if asked_for or not (policy.sink or policy.recent):
+            raise
+        return {"problem": error.message}
     return {
         "bytes_per_token": plan.bytes_per_token,
         "window_bytes_per_request": plan.raw_bytes_per_request,

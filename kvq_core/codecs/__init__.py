@@ -14,8 +14,24 @@ from kvq_kernels.layout import EncoderOptions
 
 __all__ = ["BaseCodec", "get_codec", "hadamard"]
 
-_CORRECTED = EncoderOptions(norm_mode="corrected")
 _PLAIN = EncoderOptions(norm_mode="plain", residual="rms")
+_CORRECTED = EncoderOptions(norm_mode="corrected")
+
+
+def _fitted(anchor: str, *candidates: float) -> EncoderOptions:
+    """The best of some scales before rounding, and a norm that keeps the projection on the vector.
+
+    Four bits follow the vector's peak: its largest element belongs on the outermost level or a little beyond,
+    whatever the shape of the rest, which a few trials find as exactly as ten do around the rms. Two bits clip
+    the peak and follow the rms. More candidates would lower the squared error by less than 2%.
+    """
+    return EncoderOptions(norm_mode="unbiased", candidates=candidates, anchor=anchor)
+
+
+_FITTED_TURBO = _fitted("peak", 2.25, 2.4, 2.55, 2.7)
+_FITTED_LM4 = _fitted("peak", 2.7, 2.9, 3.1)
+_FITTED_LM3 = _fitted("peak", 2.4, 2.7, 3.0)
+_FITTED_LM2 = _fitted("rms", 0.8, 0.9, 1.0, 1.1)
 
 _CODECS: dict[str, BaseCodec] = {
     codec.name: codec
@@ -24,12 +40,15 @@ _CODECS: dict[str, BaseCodec] = {
         Fp8Codec("fp8", "fp8"),
         IntCodec(8),
         IntCodec(4),
-        LloydMaxCodec("lm4", 4, _CORRECTED),
-        LloydMaxCodec("lm3", 3, _CORRECTED),
-        LloydMaxCodec("lm2", 2, _CORRECTED),
+        LloydMaxCodec("lm4", 4, _PLAIN),
+        LloydMaxCodec("lm4-fit", 4, _FITTED_LM4),
+        LloydMaxCodec("lm3", 3, _FITTED_LM3),
+        LloydMaxCodec("lm2", 2, _FITTED_LM2),
         LloydMaxCodec("lm2-plain", 2, _PLAIN),
-        TurboCodec("turbo", _CORRECTED),
+        LloydMaxCodec("lm2-corrected", 2, _CORRECTED),
+        TurboCodec("turbo", _FITTED_TURBO),
         TurboCodec("turbo-rms", _PLAIN),
+        TurboCodec("turbo-corrected", _CORRECTED),
         QjlCodec("qjl", "qjl"),
     )
 }

@@ -4,6 +4,8 @@ A. Zandieh et al., TurboQuant, https://arxiv.org/abs/2504.19874. A rotated vecto
 normal, so that one fixed codebook serves every vector, without calibration.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,14 @@ def alignment(y: Tensor, coded: Tensor) -> Tensor:
     return (y * coded).sum(-1, keepdim=True).square() / coded.square().sum(-1, keepdim=True)
 
 
+def trials(y: Tensor, encoder: EncoderOptions) -> Iterator[Tensor]:
+    """y [..., D] of unit rms, scaled as each candidate has it."""
+    if encoder.anchor == "peak":
+        y = safe_divide(y, y.abs().amax(-1, keepdim=True))
+    for candidate in encoder.candidates:
+        yield y * candidate
+
+
 class LloydMaxCodec(BaseCodec):
     """meta: n; x̂ = n · level[code], codes of y·√D/‖y‖.
 
@@ -76,10 +86,11 @@ class LloydMaxCodec(BaseCodec):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, norm = unit_rms(bounded(x))
-        index, coded = nearest(y * self.encoder.candidates[0], self.bits)
+        first, *rest = trials(y, self.encoder)
+        index, coded = nearest(first, self.bits)
         score = alignment(y, coded)
-        for candidate in self.encoder.candidates[1:]:
-            other_index, other = nearest(y * candidate, self.bits)
+        for scaled in rest:
+            other_index, other = nearest(scaled, self.bits)
             other_score = alignment(y, other)
             better = other_score > score
             index, coded = torch.where(better, other_index, index), torch.where(better, other, coded)

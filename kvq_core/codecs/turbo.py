@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvq_core.codecs.base import BaseCodec, bounded, byte_table, lookup, pack, to_half, working_dtype
-from kvq_core.codecs.lloyd_max import alignment, nearest, stored_norm, unit_rms
+from kvq_core.codecs.lloyd_max import alignment, nearest, stored_norm, trials, unit_rms
 from kvq_kernels.codebook import LEVELS
 from kvq_kernels.layout import EncoderOptions
 
@@ -31,7 +31,7 @@ class TurboCodec(BaseCodec):
         return head_dim // 2
 
     def _code(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y scaled by a candidate -> nibbles, s [..., 1] fp16, and the vector they stand for."""
+        """y at a candidate's scale -> nibbles, s [..., 1] fp16, and the vector they stand for."""
         index, level = nearest(y, 3)
         residual = y - level
         if self.encoder.residual == "abs":  # the least-squares scale of fixed signs
@@ -45,10 +45,11 @@ class TurboCodec(BaseCodec):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, norm = unit_rms(bounded(x))
-        nibbles, scale, coded = self._code(y * self.encoder.candidates[0])
+        first, *rest = trials(y, self.encoder)
+        nibbles, scale, coded = self._code(first)
         score = alignment(y, coded)
-        for candidate in self.encoder.candidates[1:]:
-            other_nibbles, other_scale, other = self._code(y * candidate)
+        for scaled in rest:
+            other_nibbles, other_scale, other = self._code(scaled)
             other_score = alignment(y, other)
             better = other_score > score
             nibbles, coded = torch.where(better, other_nibbles, nibbles), torch.where(better, other, coded)

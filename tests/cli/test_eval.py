@@ -98,10 +98,13 @@ def test_a_table_for_people(capsys: pytest.CaptureFixture[str], options: list[An
     assert "13 of 13 windows" in err
 
 
-def test_both_ways_of_measuring_agree(capsys: pytest.CaptureFixture[str], options: list[Any]) -> None:
+@pytest.mark.parametrize("policy", ["8", "42+s2r8"])
+def test_both_ways_of_measuring_agree(
+    capsys: pytest.CaptureFixture[str], options: list[Any], policy: str
+) -> None:
     both = []
     for way in ([], ["--through-engine"]):
-        code, out, _ = run(capsys, *options, "--policies", "8", "--limit", 1, "--json", *way)
+        code, out, _ = run(capsys, *options, "--policies", policy, "--limit", 1, "--json", *way)
         assert code == 0
         both.append(json.loads(out))
     assert both[0]["ppl"] == pytest.approx(both[1]["ppl"], rel=0.01)

@@ -20,7 +20,7 @@ def test_everything_is_listed(cli) -> None:
     for name in (*CODEC_NAMES, *(policy.name for policy in REGISTRY)):
         assert name in result.out
     document = json.loads(cli("policies", "--json").out)
-    assert [row["policy"] for row in document["policies"]] == [policy.name for policy in REGISTRY]
+    assert [row["policy"] for row in document["policies"]] == [policy.label for policy in REGISTRY]
     assert [row["codec"] for row in document["codecs"]] == list(CODEC_NAMES)
 
 
@@ -62,6 +62,32 @@ def test_a_window_saves_from(policy: str, head_dim: int, sink: int, recent: int,
         return tokens * full - (tokens * row["bytes_per_token_and_head"] + (sink + recent) * full)
 
     assert saved(row["saves_from_tokens"]) > 0 >= saved(row["saves_from_tokens"] - 1)
+
+
+def test_names_that_others_use_and_a_policy_with_a_window_of_its_own(cli) -> None:
+    found = rows(cli, "k8v4", "k4v4", "42-window")
+    assert list(found) == ["k8v4", "k4v4", "42-window+s4r128"]
+    assert [(row["key"], row["value"]) for row in found.values()][:2] == [("int8", "int4"), ("int4", "int4")]
+    kept = found["42-window+s4r128"]
+    assert (kept["sink"], kept["recent"], kept["saves_from_tokens"]) == (4, 128, 132 * 512 // 410 + 1)
+    assert "saves from" in cli("policies", "42-window").out
+    assert list(rows(cli, "42-window", "--recent", "32")) == ["42-window+s4r32"], "the flag decides"
+
+
+def test_a_label_names_its_policy(cli) -> None:
+    (row,) = rows(cli, "42+s3r7").values()
+    assert (row["policy"], row["key"], row["sink"], row["recent"]) == ("turbo+s3r7", "turbo", 3, 7)
+    (row,) = rows(cli, "42+s3r7", "--sink", "0").values()
+    assert (row["sink"], row["recent"]) == (0, 7)
+    assert cli("policies", "42+s3").code == 1
+
+
+def test_a_window_that_does_not_fit_stands_in_nobodys_way(cli) -> None:
+    args = ("--model", "llama-2-7b", "--kv-memory", "16GiB")
+    found = rows(cli, *args)
+    assert "unquantized tokens" in found["42-window+s4r128"]["problem"]
+    assert found["turbo"]["capacity_tokens"]
+    assert cli("policies", "42-window", *args).code == 1, "asked for, it is an error"
 
 
 def test_windows_do_not_apply_to_no_quantization(cli) -> None:

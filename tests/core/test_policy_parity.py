@@ -189,6 +189,7 @@ POLICIES = {
     "16": {"policy": 16},
     "42": {"policy": 42},
     "42-rms": {"policy": "42-rms"},
+    "42-lm4": {"policy": "42-lm4"},
     "qjl": {"policy": "qjl"},
     "lm4-lm2": {"policy": "lm4:lm2"},
     "int8-lm4": {"policy": "int8:lm4"},
@@ -227,6 +228,29 @@ def test_a_request_does_not_depend_on_load_or_on_being_swapped_out(case: Case, p
     assert swapped.preemptions, "nothing was preempted: this shows nothing"
     assert together.tokens == swapped.tokens == [r.tokens[0] for r in alone]
     assert error(case, config, swapped) < TOLERANCE
+
+
+def generate(case: Case, config: EngineConfig, prompt: list[int]) -> list[int]:
+    """Greedy decoding by the reference, a forward over everything for each token."""
+    windows = tuple(layer.window for layer in case.model.geometry.layers)
+    rule = Rule(config.resolved_policy(), len(prompt), config.prefill_chunk, windows)
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(NEW_TOKENS):
+            logits = case.reference(input_ids=torch.tensor([ids]), use_cache=False, rule=rule).logits
+            ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("policy", ["42+s2r11", "42-lm4+s0r24", "k8v4+s18r0", "8+s1r1"])
+def test_tokens_equal_those_that_the_reference_generates(case: Case, policy: str) -> None:
+    """Sinks and recent tokens, chunked prompts, requests that are swapped out in the middle."""
+    config = CHUNKED.replace(policy=policy)
+    full = any(not layer.window for layer in case.model.geometry.layers)
+    swapped = run(case, config.replace(kv_memory=few_pages(case, config, 5 if full else 4)))
+    assert swapped.preemptions, "nothing was preempted: this shows nothing"
+    assert max(map(len, case.prompts)) > CHUNK, "no prompt was chunked"
+    assert swapped.tokens == [generate(case, config, prompt) for prompt in case.prompts]
 
 
 FAULTS: dict[str, Callable[[Rule], Rule]] = {

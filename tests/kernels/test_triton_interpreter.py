@@ -209,15 +209,17 @@ else:
         changed = (pages[1] != 0xAB).sum(1)
         assert (changed <= layout.bytes_per_token_head).all() and (changed > 100).all()
 
+    @pytest.mark.parametrize("anchor", ["rms", "peak"])
     @pytest.mark.parametrize("residual", ["abs", "rms"])
     @pytest.mark.parametrize("norm", ["plain", "corrected", "unbiased"])
     @pytest.mark.parametrize("name", ["lm2", "turbo"])
-    def test_store_with_scale_candidates(name: str, norm: str, residual: str) -> None:
+    def test_store_with_scale_candidates(name: str, norm: str, residual: str, anchor: str) -> None:
         """Every way of choosing codes gives the twin's bytes."""
         import copy
 
         codec = copy.copy(get_codec(name))
-        codec.encoder = EncoderOptions(norm, residual, (1.0, 0.9, 1.1))
+        candidates = (1.0, 0.9, 1.1) if anchor == "rms" else (2.4, 2.2, 2.7)
+        codec.encoder = EncoderOptions(norm, residual, candidates, anchor)
         layout = PageLayout(codec, codec, 16, 1, 64, 64, torch.float32)
         x = torch.randn(20, 1, 64, generator=torch.Generator().manual_seed(3))
         ours, twin = (layout.empty_pages(3, "cpu") for _ in range(2))
