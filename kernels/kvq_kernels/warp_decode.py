@@ -250,7 +250,7 @@ def _warp_decode_kernel(
 
     held = ()
     if ptx.tables_held(KEY) == 1:
-        held = (tl.inline_asm_elementwise(ptx.held_tables(KEY), "=&r,r", [lane], tl.int32, False, 1),)
+        held = (tl.inline_asm_elementwise(ptx.held_tables(KEY), "=&r,r", [lane], tl.int32, False, 1),)  # type: ignore[assignment]
     elif ptx.tables_held(KEY) == 2:
         held = tl.inline_asm_elementwise(
             ptx.held_tables(KEY), "=&r,=&r,r", [lane], (tl.int32, tl.int32), False, 1
