@@ -119,9 +119,6 @@ def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexp
             a0, a1 = a0 + r[4].to(tl.float32) * residual_a, a1 + r[5].to(tl.float32) * residual_a
             b0, b1 = b0 + r[6].to(tl.float32) * residual_b, b1 + r[7].to(tl.float32) * residual_b
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
-        elif SCHEME == "lm4":
-            a0, a1 = (a0 - all0 * ptx.LM4_MIDDLE) * factor_a, (a1 - all1 * ptx.LM4_MIDDLE) * factor_a
-            b0, b1 = (b0 - all0 * ptx.LM4_MIDDLE) * factor_b, (b1 - all1 * ptx.LM4_MIDDLE) * factor_b
         else:
             bias_a, bias_b = _half(loaded[2 * WORDS + 1], 0), _half(loaded[2 * WORDS + 1], 1)
             a0, a1 = a0 * factor_a + all0 * bias_a, a1 * factor_a + all1 * bias_a
@@ -131,7 +128,7 @@ def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexp
 
 @triton.constexpr_function
 def _key_unit(scheme: str) -> float:
-    return {"turbo": ptx.TURBO_UNIT, "lm4": ptx.LM4_UNIT, "fp8": 256.0}.get(scheme, 1.0)
+    return {"turbo": ptx.TURBO_UNIT, "fp8": 256.0}.get(scheme, 1.0)
 
 
 @triton.constexpr_function
@@ -139,9 +136,7 @@ def _value_unit(scheme: str) -> float:
     """What the sums' operands are counted in, value scales apart."""
     if scheme in ptx.PLAIN:
         return 1.0
-    return {"fp8": 256.0, "lm2": ptx.LM2_UNIT / ptx.HALF_UNIT, "lm4": ptx.LM4_UNIT / ptx.HALF_UNIT}.get(
-        scheme, 1.0 / ptx.HALF_UNIT
-    )
+    return {"fp8": 256.0, "lm2": ptx.LM2_UNIT / ptx.HALF_UNIT}.get(scheme, 1.0 / ptx.HALF_UNIT)
 
 
 @triton.constexpr_function
@@ -159,9 +154,7 @@ def _value_scale(loaded, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr)
     else:
         scale = _half(loaded[WORDS], i)
         bias = scale
-        if SCHEME == "lm4":
-            bias = scale * (-ptx.LM4_MIDDLE * ptx.LM4_UNIT)
-        elif SCHEME == "int4" or SCHEME == "int8":
+        if SCHEME == "int4" or SCHEME == "int8":
             bias = _half(loaded[WORDS + 1], i)
     return scale, bias
 
@@ -251,10 +244,6 @@ def _warp_decode_kernel(
     held = ()
     if ptx.tables_held(KEY) == 1:
         held = (tl.inline_asm_elementwise(ptx.held_tables(KEY), "=&r,r", [lane], tl.int32, False, 1),)  # type: ignore[assignment]
-    elif ptx.tables_held(KEY) == 2:
-        held = tl.inline_asm_elementwise(
-            ptx.held_tables(KEY), "=&r,=&r,r", [lane], (tl.int32, tl.int32), False, 1
-        )
 
     STATE: tl.constexpr = ptx.step_state(D)
     W: tl.constexpr = ptx.value_words(VALUE, D)

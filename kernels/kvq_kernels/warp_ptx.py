@@ -25,21 +25,18 @@ import triton.language as tl
 
 from kvq_kernels.codebook import LEVELS
 
-NIBBLE_KEYS = ("turbo", "lm4", "int4")
+NIBBLE_KEYS = ("turbo", "int4")
 PLAIN = ("bf16", "fp16")
 """Not quantized: the model's dtype."""
 KEYS = (*NIBBLE_KEYS, "int8", "fp8", *PLAIN)
-VALUES = ("lm2", "lm4", "int4", "int8", "fp8", *PLAIN)
-BIASED = ("int4", "int8", "lm4")
+VALUES = ("lm2", "int4", "int8", "fp8", *PLAIN)
+BIASED = ("int4", "int8")
 
 # --- levels as integers -------------------------------------------------------------------------------------
 
 TURBO_UNIT = LEVELS[3][7] / 88
 TURBO_LEVELS = tuple(round(level / TURBO_UNIT) for level in LEVELS[3])
 """3-bit levels in units of TURBO_UNIT."""
-LM4_UNIT = 2 * LEVELS[4][15] / 107
-LM4_MIDDLE = 53.5
-"""A 4-bit level is (integer - LM4_MIDDLE) · LM4_UNIT, exactly: that is how `LEVELS` has them."""
 LM2_UNIT = LEVELS[2][3] / 183
 """A 2-bit level is ±55 or ±183 times this."""
 HALF_UNIT = 2.0**-24
@@ -55,9 +52,6 @@ GROWTH = 4.0
 LARGE_VALUE = 2048.0
 """Weights times value scales stay below 2^GROWTH times this, which fp16 holds."""
 
-_LM4_CODES = tuple(round(level / LM4_UNIT + LM4_MIDDLE) for level in LEVELS[4])
-
-
 # --- shapes -------------------------------------------------------------------------------------------------
 
 
@@ -72,14 +66,14 @@ def key_words(scheme: str, dim: int) -> int:
 @triton.constexpr_function
 def value_words(scheme: str, dim: int) -> int:
     """Registers of one token's value that a lane reads: an eighth (for lm2 at 64 dims half a word)."""
-    bits = {"lm2": 2, "lm4": 4, "int4": 4, "int8": 8, "fp8": 8}.get(scheme, 16)
+    bits = {"lm2": 2, "int4": 4, "int8": 8, "fp8": 8}.get(scheme, 16)
     return max(1, dim * bits // 256)
 
 
 @triton.constexpr_function
 def tables_held(scheme: str) -> int:
     """Registers of look-up tables, see `held_tables`."""
-    return {"turbo": 1, "lm4": 2}.get(scheme, 0)
+    return 1 if scheme == "turbo" else 0
 
 
 @triton.constexpr_function
@@ -207,23 +201,6 @@ class _Code:
         high = self.do("prmt.b32", values[2], values[3], "0x0040")
         return self.do("prmt.b32", low, high, "0x5410")
 
-    def look_up_16(self, word: str, held: Sequence[str] = ()) -> tuple[str, str]:
-        """8 nibbles -> 8 bytes of the 4-bit codebook, none above 127.
-
-        Where a selector's highest bit is set, `prmt` gives the sign of the byte, here 0: so of two look-ups,
-        one with that bit flipped, one gives the byte and the other nothing.
-        """
-        lower, upper = self.table(_LM4_CODES[:8]), self.table(_LM4_CODES[8:])
-        if held:
-            lower[0], upper[0] = held
-        flipped = self.do("xor.b32", word, "0x88888888")
-        results = []
-        for shift in (0, 16):
-            a, b = (self.do("shr.u32", x, "16") if shift else x for x in (word, flipped))
-            low, high = self.do("prmt.b32", *lower, a), self.do("prmt.b32", *upper, b)
-            results.append(self.do("or.b32", low, high))
-        return results[0], results[1]
-
     def key_operands(self, scheme: str, words: Sequence[str], held: Sequence[str]) -> list[tuple[str, str]]:
         """A token's words -> what its row brings to each product of 32 dims; `held`: as in `held_tables`."""
         if scheme == "int8":
@@ -236,8 +213,6 @@ class _Code:
                 )
                 for word in words
             ]
-        if scheme == "lm4":
-            return [self.look_up_16(word, held) for word in words]
         table = [*held, self.table(TURBO_LEVELS)[1]]
         result = []
         for word in words:
@@ -282,8 +257,6 @@ class _Code:
             return [
                 self.do("prmt.b32", x, y, s) for x, y in zip(a, b, strict=True) for s in ("0x5410", "0x7632")
             ]
-        if scheme == "lm4":
-            a, b = ([byte for word in words for byte in self.look_up_16(word)] for words in (a, b))
         for x, y in zip(a, b, strict=True):
             for selector in ("0x5140", "0x7362"):
                 zipped = self.do("prmt.b32", x, y, selector)  # a0 b0 a1 b1
@@ -612,16 +585,15 @@ class _Blocks:
 
     @staticmethod
     def held_tables(scheme: str) -> str:
-        """Lower halves of look-up tables, which `prmt` takes from a register alone; the input is unused.
+        """Lower half of turbo's look-up table, which `prmt` takes from a register alone; the input is unused.
 
-        ptxas must not know them for constants, or it moves them anew each time: 1, the number of lanes that
+        ptxas must not know it for a constant, or it moves it anew each time: 1, the number of lanes that
         equal this one, is added on the way.
         """
+        assert scheme == "turbo"
         code = _Code()
         one = code.do("popc.b32", code.do("mov.u32", "%lanemask_eq"))
-        tables = [TURBO_LEVELS] if scheme == "turbo" else [_LM4_CODES[:8], _LM4_CODES[8:]]
-        for i, table in enumerate(tables):
-            code.add(f"add.s32 ${i}, {one}, {int(code.table(table)[0], 16) - 1}")
+        code.add(f"add.s32 $0, {one}, {int(code.table(TURBO_LEVELS)[0], 16) - 1}")
         return code.text()
 
     @staticmethod
