@@ -18,6 +18,7 @@ from kvq_core.policies import Policy
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from kvq_core.bench.load import Load
     from kvq_core.bench.record import RunRecord
     from kvq_core.bench.report import Cell, Table
     from kvq_core.bench.workload import Workload
@@ -117,13 +118,13 @@ def measure_policies(
         vocab_size=model.geometry.vocab_size,
         max_len=config.max_model_len or model.geometry.max_model_len,
     )
-    config = config.replace(max_num_seqs=plan.max_num_seqs or min(plan.concurrency, spec.num_prompts))
+    load = replace(plan.load, seed=config.seed)
+    seqs = plan.max_num_seqs or min(load.concurrency or config.max_num_seqs, spec.num_prompts)
+    config = config.replace(max_num_seqs=seqs)
     session = Session(output, as_list)
     for policy in policies:
         try:
-            config = _measure(
-                model, config.replace(policy=policy), workload, plan.concurrency, label, session
-            )
+            config = _measure(model, config.replace(policy=policy), workload, load, label, session)
         except KeyboardInterrupt:
             session.interrupted = True
         except KvqError as error:
@@ -156,7 +157,7 @@ def _measure(
     model: "LoadedModel",
     config: EngineConfig,
     workload: "Workload",
-    concurrency: int,
+    load: "Load",
     label: str | None,
     session: Session,
 ) -> EngineConfig:
@@ -179,7 +180,7 @@ def _measure(
             measurement = measure(
                 EngineTarget(engine),
                 workload,
-                concurrency,
+                load,
                 env=collect_env(seed=config.seed, device=str(model.device)),
                 label=label,
                 on_warmup=lambda ended, _: update(done=ended),

@@ -1,6 +1,7 @@
 """The flags of the load that a benchmark puts on an engine, and what they amount to where the model runs."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -10,10 +11,13 @@ import typer
 
 from kvq_cli import console
 from kvq_cli.options import ENGINE_PANEL
+from kvq_core.bench.load import Load
 from kvq_core.bench.workload import NAMES, WorkloadSpec
 from kvq_core.errors import UsageError
 
 LOAD_PANEL = "Load"
+CONCURRENCY = 64
+"""Requests in flight where neither --concurrency nor --request-rate says anything."""
 CPU_OUTPUT_CAP = 64
 """On a CPU, answers are cut to this many tokens unless --max-output-len says otherwise."""
 CPU_WARMUP_INPUT = 32
@@ -36,18 +40,41 @@ def _complete_name(incomplete: str) -> list[str]:
 
 
 Concurrency = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--concurrency",
         "-c",
         min=1,
         metavar="N",
-        help="Requests in flight: the next one is sent as soon as one ends.",
+        help="Requests in flight: the next one is sent as soon as one ends. With --request-rate, the most "
+        "that are in flight; what is due beyond them waits, and the wait counts.",
+        show_default=f"{CONCURRENCY}; with --request-rate, no limit",
         rich_help_panel=LOAD_PANEL,
     ),
 ]
 LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
-    "concurrency": (Concurrency, 64),
+    "concurrency": (Concurrency, None),
+    "request_rate": (
+        _flag(
+            float | None,
+            "--request-rate",
+            "Requests per second, whether earlier ones have ended or not; latencies count from when a "
+            "request is due. `inf` is a closed loop, as is leaving it out.",
+            metavar="R",
+            show_default="a closed loop",
+        ),
+        None,
+    ),
+    "burstiness": (
+        _flag(
+            float,
+            "--burstiness",
+            "Intervals between arrivals follow a gamma distribution of this shape: 1 is a Poisson process, "
+            "less comes in bursts, more is steadier.",
+            metavar="B",
+        ),
+        1.0,
+    ),
     "num_prompts": (
         _count("--num-prompts", "Requests to measure.", "2 x concurrency; on a CPU, concurrency"),
         None,
@@ -110,7 +137,12 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
         0.5,
     ),
     "max_num_seqs": (
-        _count("--max-num-seqs", "Most requests that run at the same time.", "concurrency", ENGINE_PANEL),
+        _count(
+            "--max-num-seqs",
+            "Most requests that run at the same time.",
+            "concurrency, where it is limited",
+            ENGINE_PANEL,
+        ),
         None,
     ),
 }
@@ -122,7 +154,7 @@ class LoadPlan:
     """What to replay and how; None is resolved once it is known where the model runs."""
 
     spec: WorkloadSpec
-    concurrency: int
+    load: Load
     num_prompts: int | None
     max_output_len: int | None
     warmup: int | None
@@ -130,14 +162,15 @@ class LoadPlan:
 
     def resolve(self, on_cpu: bool) -> WorkloadSpec:
         """Sizes for where the model runs; says so where they are smaller than elsewhere."""
-        num_prompts = self.num_prompts or self.concurrency * (1 if on_cpu else 2)
+        concurrency = self.load.concurrency or CONCURRENCY
+        num_prompts = self.num_prompts or concurrency * (1 if on_cpu else 2)
         max_output_len = self.max_output_len or (CPU_OUTPUT_CAP if on_cpu else None)
         if on_cpu and None in (self.num_prompts, self.max_output_len):
             console.say(
                 f"on a CPU: {num_prompts} requests, answers cut to {max_output_len} tokens"
                 " (--num-prompts, --max-output-len)"
             )
-        in_flight = min(self.concurrency, num_prompts)
+        in_flight = min(concurrency, num_prompts)
         warmup = self.warmup or in_flight
         if warmup < in_flight:
             raise UsageError(
@@ -172,7 +205,13 @@ def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plan(values: dict[str, Any]) -> LoadPlan:
-    own = ("concurrency", "num_prompts", "max_output_len", "warmup", "max_num_seqs")
+    own = ("num_prompts", "max_output_len", "warmup", "max_num_seqs")
+    rate = None if values["request_rate"] == math.inf else values["request_rate"]
+    load = Load(
+        concurrency=values["concurrency"] or (CONCURRENCY if rate is None else None),
+        request_rate=rate,
+        burstiness=values["burstiness"],
+    )
     spec = WorkloadSpec(
         name=values["dataset_name"],
         path=values["dataset_path"],
@@ -180,4 +219,4 @@ def _plan(values: dict[str, Any]) -> LoadPlan:
         output_len=values["output_len"],
         range_ratio=values["range_ratio"],
     )
-    return LoadPlan(spec, **{name: values[name] for name in own})
+    return LoadPlan(spec, load, **{name: values[name] for name in own})

@@ -14,7 +14,7 @@ CHANGES = (
     "mean_tpot_ms", "mean_itl_ms",
 )  # fmt: skip
 """Figures that are put in relation to the baseline's; memory is put in relation to a 16-bit cache."""
-_WORK = ("name", "dataset", "sha256", "num_prompts", "output_len_cap")
+_WORK = ("name", "dataset", "sha256", "num_prompts", "output_len_cap", "request_rate", "burstiness")
 _REQUESTS = "workload's requests (SHA-256)"
 _ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs")
 

@@ -8,12 +8,14 @@ PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 DEFINITIONS = {
-    "TTFT": "time to first token: from the moment the request is sent, queueing included",
+    "TTFT": "time to first token: from the moment the request is due to be sent, queueing included",
     "TPOT": "time per output token: (last - first) / (n - 1) of each request with n > 1 tokens",
     "ITL": "inter-token latency: every gap between arrivals, all requests together",
-    "E2E": "end to end: from sending to the last token",
-    "throughput": "completed requests, and their input and output tokens, by the seconds from the first "
-    "send to the last event; warm-up excluded",
+    "E2E": "end to end: from the moment the request is due to be sent to the last token",
+    "due": "in an open loop (--request-rate) when it arrives, though --concurrency may make it wait; in a "
+    "closed loop when it is sent, as soon as an earlier one ends",
+    "throughput": "completed requests, and their input and output tokens, by the seconds from the "
+    "start to the last event; warm-up excluded",
     "failed": "requests that ended in an error or short of the tokens asked for: excluded from latencies "
     "and throughput, always shown",
 }

@@ -132,8 +132,13 @@ def conditions(record: RunRecord) -> str:
         text += f" of {work['mean_input_len']:.0f} + {work['mean_output_len']:.0f} tokens on average"
     if work.get("output_len_cap"):
         text += f", answers cut to {work['output_len_cap']}"
+    if work.get("request_rate"):
+        text += f", {number(work['request_rate'])} requests per second asked for"
+        text += f", {number(record.get('achieved_request_rate'))} sent"
+        if work.get("burstiness", 1) != 1:
+            text += f", burstiness {work['burstiness']:g}"
     if record.concurrency:
-        text += f", {record.concurrency} at a time"
+        text += f", {'at most ' * bool(work.get('request_rate'))}{record.concurrency} at a time"
     if (work.get("distinct_prompts") or work.get("num_prompts")) != work.get("num_prompts"):
         text += f"; only {work['distinct_prompts']} different prompts"
     return text

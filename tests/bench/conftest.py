@@ -1,6 +1,7 @@
 """A target that plays a script on a clock of its own, and records made by hand."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvq_core.bench.load import POLL_SECONDS
 from kvq_core.bench.metrics import summarize
 from kvq_core.bench.record import RunRecord
 from kvq_core.bench.target import BenchRequest, Event, TargetInfo
@@ -66,10 +68,12 @@ class ScriptedTarget:
         self.polls += 1
         if self.polls in self.raise_at_poll:
             raise self.raise_at_poll[self.polls]
-        if self.silent or not self.pending:
+        next_event = min((event.time for event in self.pending), default=math.inf)
+        due_first = timeout < POLL_SECONDS and next_event > self.now + timeout
+        if self.silent or not self.pending or due_first:
             self.now += timeout
             return []
-        self.now = min(event.time for event in self.pending)
+        self.now = next_event
         due = [event for event in self.pending if event.time == self.now]
         self.pending = [event for event in self.pending if event.time > self.now]
         return due
@@ -111,6 +115,7 @@ def trace(
         index=lengths.get("index", 0),
         input_len=lengths.get("input_len", 10),
         output_len=asked,
+        due=sent,
         sent=sent,
         arrivals=arrivals,
         ended=times[-1] if times else sent,

@@ -1,16 +1,17 @@
-"""The closed loop against scripted targets on a clock of their own."""
+"""Closed and open loops against scripted targets on a clock of their own."""
 
 import pytest
 
-from kvq_core.bench.load import run_closed_loop
+from kvq_core.bench.load import Load, run_load
 from kvq_core.bench.metrics import summarize
 from kvq_core.bench.run import measure
 from kvq_core.bench.workload import Workload
 from kvq_core.errors import KvqError
 
 
-def play(target, requests, concurrency, **options):
-    return run_closed_loop(target, requests, concurrency, clock=target.clock, **options)
+def play(target, requests, load, **options):
+    load = Load(load) if isinstance(load, int) else load
+    return run_load(target, requests, load, clock=target.clock, **options)
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 3, 7, 50])
@@ -127,7 +128,7 @@ def workload(bench, count=4, warmup=3):
 
 def test_warm_up_is_excluded(bench):
     target = bench.Target(bench.steady(0.5, 0.25))
-    measurement = measure(target, workload(bench), 2, env={"seed": 0}, clock=target.clock)
+    measurement = measure(target, workload(bench), Load(2), env={"seed": 0}, clock=target.clock)
     record = measurement.record
     assert target.resets == [101.5]  # three warm-up requests of 0.75 s, two at a time
     assert [index for _, index in target.sent] == [-3, -2, -1, 0, 1, 2, 3]
@@ -143,18 +144,18 @@ def test_warm_up_is_excluded(bench):
 def test_warm_up_that_fails_altogether_is_an_error(bench):
     target = bench.Target(lambda request: bench.Script([], refuse="no memory"))
     with pytest.raises(KvqError, match="all 3 warm-up requests failed: no memory"):
-        measure(target, workload(bench), 2, env={}, clock=target.clock)
+        measure(target, workload(bench), Load(2), env={}, clock=target.clock)
 
 
 def test_interrupted_warm_up_measured_nothing(bench):
     target = bench.Target(bench.steady(), raise_at_poll={1: KeyboardInterrupt()})
     with pytest.raises(KeyboardInterrupt):
-        measure(target, workload(bench), 2, env={}, clock=target.clock)
+        measure(target, workload(bench), Load(2), env={}, clock=target.clock)
 
 
 def test_interrupted_run_gives_an_incomplete_record(bench):
     target = bench.Target(bench.steady(), raise_at_poll={9: KeyboardInterrupt()})
-    measurement = measure(target, workload(bench, 10), 2, env={}, clock=target.clock)
+    measurement = measure(target, workload(bench, 10), Load(2), env={}, clock=target.clock)
     assert measurement.load.interrupted and not measurement.record.complete
     done, unfinished = (measurement.record.metrics[key] for key in ("completed", "unfinished"))
     assert 0 < done < 10 and done + unfinished == 10
@@ -165,5 +166,5 @@ def test_errors_are_counted_by_message(bench):
         return bench.Script([0.1], error="lost" if request.index in (1, 2) else None)
 
     load = Workload("fixed", bench.requests(4, output_len=1), [])
-    record = measure(target := bench.Target(script), load, 2, env={}, clock=target.clock).record
+    record = measure(target := bench.Target(script), load, Load(2), env={}, clock=target.clock).record
     assert record.errors == {"lost": 2} and record.metrics["failed"] == 2
