@@ -120,8 +120,9 @@ def run_load(
         while waiting or running:
             while waiting and free and result.start + waiting[0][0] <= clock():
                 due, request = waiting.popleft()
-                trace = _send(target, request, result.start + due, free.popleft(), clock)
+                trace = _trace(request, result.start + due, free.popleft(), clock())
                 traces[trace.index] = trace
+                _send(target, request, trace, clock)
                 last = max(last, trace.sent)
                 if trace.ended is None:
                     running.add(trace.index)
@@ -162,28 +163,24 @@ def run_load(
     return result
 
 
-def _send(
-    target: Target,
-    request: BenchRequest,
-    due: float,
-    free: float,
-    clock: Callable[[], float],
-) -> RequestTrace:
-    """Send a request that is due since `due` and for which there is room since `free`."""
-    sent = clock()
-    trace = RequestTrace(
+def _trace(request: BenchRequest, due: float, free: float, now: float) -> RequestTrace:
+    """The trace of a request, sent now, that is due since `due` and has room since `free`."""
+    ready = max(due, free)
+    return RequestTrace(
         request.index,
         request.input_len,
         request.output_len,
-        due=due if due > -math.inf else sent,
-        sent=sent,
-        lag=max(0.0, sent - ready) if (ready := max(due, free)) > -math.inf else 0.0,
+        due=due if due > -math.inf else now,
+        sent=now,
+        lag=now - ready if ready > -math.inf else 0.0,
     )
+
+
+def _send(target: Target, request: BenchRequest, trace: RequestTrace, clock: Callable[[], float]) -> None:
     try:
         target.send(request)
     except KvqError as error:
         trace.error, trace.ended = error.message, clock()
-    return trace
 
 
 def _record(trace: RequestTrace, event: Event) -> None:

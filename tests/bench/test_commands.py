@@ -198,6 +198,24 @@ def test_compare_loads_once_and_gives_all_the_same_memory(kvq, fakes, tmp_path):
     assert [row["run"] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
 
 
+def test_an_open_loop(kvq, fakes):
+    load = ("--request-rate", 500, "--burstiness", 0.5, "--num-prompts", 4)
+    code, out, _ = kvq("profile-throughput", *load, "--json")
+    record = json.loads(out)
+    assert code == 0 and record["completed"] == 4
+    work = record["workload"]
+    assert (work["request_rate"], work["burstiness"], work["concurrency"]) == (500, 0.5, None)
+    assert record["achieved_request_rate"] > 0
+    assert fakes.configs[0].max_num_seqs == 4
+    _, out, _ = kvq("profile-throughput", *load, "--concurrency", 2)
+    assert "500 requests per second asked for" in out and "at most 2 at a time" in out
+
+
+def test_an_infinite_rate_is_a_closed_loop(kvq, fakes):
+    _, out, _ = kvq("profile-throughput", "--request-rate", "inf", *SMALL, "--json")
+    assert json.loads(out)["workload"]["loop"] == "closed"
+
+
 def test_windows_show_in_names(kvq, fakes):
     _, out, _ = kvq("compare", "--policies", "0,42", "--sink", 4, "--recent", 128, *SMALL, "--json")
     assert [record["label"] for record in json.loads(out)] == ["none", "turbo+s4r128"]
@@ -324,6 +342,8 @@ def test_full_disk(kvq, fakes, tmp_path, monkeypatch):
         (("profile-throughput", "--max-output-len", "0"), 2, "--max-output-len"),
         (("profile-throughput", "--input-len", "0", "--dataset-name", "fixed"), 2, "--input-len"),
         (("profile-throughput", "--warmup", "8"), 2, "--warmup 8 is less than the 64 requests in flight"),
+        (("profile-throughput", "--request-rate", "0"), 2, "--request-rate must be above 0"),
+        (("compare", "--policies", "0,4", "--burstiness", "2"), 2, "--burstiness needs --request-rate"),
         (("profile-throughput", "--dataset-name", "alpaca"), 2, "unknown --dataset-name `alpaca`"),
         (("profile-throughput", "--dataset-name", "lengths"), 2, "needs --dataset-path"),
         (("profile-throughput", "--dataset-path", "none.json"), 1, "no file none.json"),

@@ -1,12 +1,15 @@
 """Closed and open loops against scripted targets on a clock of their own."""
 
+import math
+
+import numpy as np
 import pytest
 
 from kvq_core.bench.load import Load, run_load
 from kvq_core.bench.metrics import summarize
 from kvq_core.bench.run import measure
 from kvq_core.bench.workload import Workload
-from kvq_core.errors import KvqError
+from kvq_core.errors import KvqError, UsageError
 
 
 def play(target, requests, load, **options):
@@ -120,6 +123,86 @@ def test_late_events_of_unknown_requests_are_ignored(bench):
     target.send(bench.requests(1, start=77)[0])
     result = play(target, bench.requests(2), 2)
     assert [trace.index for trace in result.traces] == [0, 1]
+
+
+class Timetable(Load):
+    """An open loop whose requests are due at 0.0, 0.1, 0.2 … s."""
+
+    def due_times(self, count):
+        return [i / 10 for i in range(count)]
+
+
+def test_an_open_loop_sends_what_is_due_whatever_is_in_flight(bench):
+    target = bench.Target(bench.steady(1.0))
+    result = play(target, bench.requests(5, output_len=1), Timetable(request_rate=10))
+    assert [now for now, _ in target.sent] == pytest.approx([100.0, 100.1, 100.2, 100.3, 100.4])
+    assert target.max_running == 5
+    assert [trace.ttft for trace in result.traces] == pytest.approx([1.0] * 5)
+    assert result.request_rate == pytest.approx(5 / 0.4)
+
+
+def test_waiting_for_room_counts_in_latencies(bench):
+    """Each takes a second, one at a time: the third, due at 0.2 s, is sent at 2 s and answered at 3 s."""
+    target = bench.Target(bench.steady(1.0))
+    result = play(target, bench.requests(3, output_len=1), Timetable(1, request_rate=10))
+    assert [now for now, _ in target.sent] == pytest.approx([100.0, 101.0, 102.0])
+    assert [trace.ttft for trace in result.traces] == pytest.approx([1.0, 1.9, 2.8])
+    assert [trace.e2el for trace in result.traces] == pytest.approx([1.0, 1.9, 2.8])
+    assert [trace.lag for trace in result.traces] == pytest.approx([0.0] * 3)
+
+
+def test_a_target_that_holds_up_the_generator_makes_it_lag(bench):
+    """The first poll takes half a second: what is due at 0.1 to 0.4 s is sent late, and the delay counts."""
+    target = bench.Target(bench.steady(1.0))
+    poll = target.poll
+
+    def slow(timeout):
+        target.now += 0.5 * (target.polls == 0)
+        return poll(timeout)
+
+    target.poll = slow
+    result = play(target, bench.requests(3, output_len=1), Timetable(request_rate=10))
+    assert [trace.lag for trace in result.traces] == pytest.approx([0.0, 0.5, 0.4])
+    assert [trace.ttft for trace in result.traces] == pytest.approx([1.0, 1.5, 1.4])
+
+
+def test_a_quiet_stretch_between_arrivals_is_no_stall(bench):
+    class Sparse(Load):
+        def due_times(self, count):
+            return [i * 100.0 for i in range(count)]
+
+    target = bench.Target(bench.steady(1.0))
+    result = play(target, bench.requests(3), Sparse(request_rate=0.01), stall_timeout=5.0)
+    assert result.complete and all(trace.succeeded for trace in result.traces)
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_intervals_have_the_rate_and_the_spread_asked_for(burstiness):
+    times = Load(request_rate=8.0, burstiness=burstiness, seed=3).due_times(20_000)
+    gaps = np.diff([0.0, *times])
+    assert times[-1] == pytest.approx(20_000 / 8.0) and min(gaps) >= 0
+    assert (gaps.std() / gaps.mean()) ** 2 == pytest.approx(1 / burstiness, rel=0.1)
+
+
+def test_arrivals_follow_the_seed():
+    one, again, other = (Load(request_rate=2.0, seed=seed).due_times(50) for seed in (1, 1, 2))
+    assert one == again != other
+
+
+@pytest.mark.parametrize("wrong", [{"request_rate": 0}, {"request_rate": -1.0}, {"request_rate": math.nan},
+                                   {"request_rate": 1.0, "burstiness": 0.0}, {"burstiness": 2.0}])  # fmt: skip
+def test_a_load_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(UsageError):
+        Load(concurrency=1, **wrong)
+
+
+def test_the_record_states_the_rate_asked_for_and_the_rate_sent(bench):
+    target = bench.Target(bench.steady())
+    load = Load(2, request_rate=0.5, burstiness=0.5)
+    record = measure(target, workload(bench), load, env={}, clock=target.clock).record
+    assert record.workload["loop"] == "open" and record.workload["concurrency"] == 2
+    assert record.workload["request_rate"] == 0.5 and record.workload["burstiness"] == 0.5
+    assert record.metrics["achieved_request_rate"] == pytest.approx(0.5, rel=0.2)
 
 
 def workload(bench, count=4, warmup=3):

@@ -94,7 +94,8 @@ def test_row_of_a_request(bench):
     row = bench.trace(10.0, [11.0, 11.5], index=3).row(start=9.0)
     assert row == {
         "index": 3, "input_len": 10, "asked_output_len": 2, "output_len": 2, "due_ms": 1000.0,
-        "sent_ms": 1000.0, "ttft_ms": 1000.0, "e2el_ms": 1500.0, "itl_ms": [500.0], "status": "ok", "error": None,
+        "sent_ms": 1000.0, "ttft_ms": 1000.0, "e2el_ms": 1500.0, "itl_ms": [500.0], "status": "ok",
+        "error": None,
     }  # fmt: skip
     nothing = bench.trace(10.0, [], error="boom").row(start=9.0)
     assert nothing["status"] == "failed" and nothing["ttft_ms"] is None and nothing["error"] == "boom"
