@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from kvq_core.bench.load import POLL_SECONDS
 from kvq_core.bench.metrics import summarize
 from kvq_core.bench.record import RunRecord
 from kvq_core.bench.target import BenchRequest, Event, TargetInfo
@@ -42,6 +41,8 @@ class ScriptedTarget:
     polls: int = 0
     max_running: int = 0
     silent: bool = False
+    punctual: bool = False
+    """`poll` returns when its time is up, as an open loop needs, and not only when something happens."""
     pending: list[Event] = field(default_factory=list)
     policy: dict[str, Any] = field(default_factory=lambda: {"name": "turbo", "number": 42, "label": "turbo"})
 
@@ -69,8 +70,8 @@ class ScriptedTarget:
         if self.polls in self.raise_at_poll:
             raise self.raise_at_poll[self.polls]
         next_event = min((event.time for event in self.pending), default=math.inf)
-        due_first = timeout < POLL_SECONDS and next_event > self.now + timeout
-        if self.silent or not self.pending or due_first:
+        too_late = self.punctual and next_event > self.now + timeout
+        if self.silent or not self.pending or too_late:
             self.now += timeout
             return []
         self.now = next_event

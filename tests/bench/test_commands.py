@@ -78,6 +78,9 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
             at, error = fakes.raise_at.get(self.policy.name, (0, KeyError()))
             if self.polls == at:
                 raise error
+            if not self.running:
+                time.sleep(timeout)
+                return []
             request = self.running.popleft()
             failure = fakes.error if request.index >= 0 else None
             return [Event(request.index, time.perf_counter(), request.output_len, True, failure)]

@@ -133,7 +133,7 @@ class Timetable(Load):
 
 
 def test_an_open_loop_sends_what_is_due_whatever_is_in_flight(bench):
-    target = bench.Target(bench.steady(1.0))
+    target = bench.Target(bench.steady(1.0), punctual=True)
     result = play(target, bench.requests(5, output_len=1), Timetable(request_rate=10))
     assert [now for now, _ in target.sent] == pytest.approx([100.0, 100.1, 100.2, 100.3, 100.4])
     assert target.max_running == 5
@@ -143,7 +143,7 @@ def test_an_open_loop_sends_what_is_due_whatever_is_in_flight(bench):
 
 def test_waiting_for_room_counts_in_latencies(bench):
     """Each takes a second, one at a time: the third, due at 0.2 s, is sent at 2 s and answered at 3 s."""
-    target = bench.Target(bench.steady(1.0))
+    target = bench.Target(bench.steady(1.0), punctual=True)
     result = play(target, bench.requests(3, output_len=1), Timetable(1, request_rate=10))
     assert [now for now, _ in target.sent] == pytest.approx([100.0, 101.0, 102.0])
     assert [trace.ttft for trace in result.traces] == pytest.approx([1.0, 1.9, 2.8])
@@ -153,7 +153,7 @@ def test_waiting_for_room_counts_in_latencies(bench):
 
 def test_a_target_that_holds_up_the_generator_makes_it_lag(bench):
     """The first poll takes half a second: what is due at 0.1 to 0.4 s is sent late, and the delay counts."""
-    target = bench.Target(bench.steady(1.0))
+    target = bench.Target(bench.steady(1.0), punctual=True)
     poll = target.poll
 
     def slow(timeout):
@@ -171,7 +171,7 @@ def test_a_quiet_stretch_between_arrivals_is_no_stall(bench):
         def due_times(self, count):
             return [i * 100.0 for i in range(count)]
 
-    target = bench.Target(bench.steady(1.0))
+    target = bench.Target(bench.steady(1.0), punctual=True)
     result = play(target, bench.requests(3), Sparse(request_rate=0.01), stall_timeout=5.0)
     assert result.complete and all(trace.succeeded for trace in result.traces)
 
@@ -189,15 +189,23 @@ def test_arrivals_follow_the_seed():
     assert one == again != other
 
 
-@pytest.mark.parametrize("wrong", [{"request_rate": 0}, {"request_rate": -1.0}, {"request_rate": math.nan},
-                                   {"request_rate": 1.0, "burstiness": 0.0}, {"burstiness": 2.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"request_rate": 0.0},
+        {"request_rate": -1.0},
+        {"request_rate": math.nan},
+        {"request_rate": 1.0, "burstiness": 0.0},
+        {"burstiness": 2.0},
+    ],
+)
 def test_a_load_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(UsageError):
         Load(concurrency=1, **wrong)
 
 
 def test_the_record_states_the_rate_asked_for_and_the_rate_sent(bench):
-    target = bench.Target(bench.steady())
+    target = bench.Target(bench.steady(), punctual=True)
     load = Load(2, request_rate=0.5, burstiness=0.5)
     record = measure(target, workload(bench), load, env={}, clock=target.clock).record
     assert record.workload["loop"] == "open" and record.workload["concurrency"] == 2
