@@ -124,7 +124,9 @@ def measure_policies(
     session = Session(output, as_list)
     for policy in policies:
         try:
-            config = _measure(model, config.replace(policy=policy), workload, load, label, session)
+            config = _measure(
+                model, config.replace(policy=policy), workload, load, plan.limits, label, session
+            )
         except KeyboardInterrupt:
             session.interrupted = True
         except KvqError as error:
@@ -158,6 +160,7 @@ def _measure(
     config: EngineConfig,
     workload: "Workload",
     load: "Load",
+    limits: dict[str, float],
     label: str | None,
     session: Session,
 ) -> EngineConfig:
@@ -182,6 +185,7 @@ def _measure(
                 workload,
                 load,
                 env=collect_env(seed=config.seed, device=str(model.device)),
+                limits=limits,
                 label=label,
                 on_warmup=lambda ended, _: update(done=ended),
                 progress=lambda ended, _: update(

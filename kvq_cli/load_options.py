@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 from kvq_cli import console
 from kvq_cli.options import ENGINE_PANEL
 from kvq_core.bench.load import Load
+from kvq_core.bench.metrics import parse_limits
 from kvq_core.bench.workload import NAMES, WorkloadSpec
 from kvq_core.errors import UsageError
 
@@ -74,6 +76,15 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
             metavar="B",
         ),
         1.0,
+    ),
+    "goodput": (
+        _flag(
+            list[str] | None,
+            "--goodput",
+            "Count requests that meet all of these limits, in milliseconds: ttft:500 tpot:50 e2el:20000.",
+            metavar="LIMIT...",
+        ),
+        None,
     ),
     "num_prompts": (
         _count("--num-prompts", "Requests to measure.", "2 x concurrency; on a CPU, concurrency"),
@@ -155,6 +166,8 @@ class LoadPlan:
 
     spec: WorkloadSpec
     load: Load
+    limits: dict[str, float]
+    """Of the goodput: milliseconds by latency."""
     num_prompts: int | None
     max_output_len: int | None
     warmup: int | None
@@ -184,6 +197,16 @@ class LoadPlan:
             max_output_len=max_output_len,
             warmup_input_len=CPU_WARMUP_INPUT if on_cpu else None,
         )
+
+
+def spread_goodput(args: Sequence[str]) -> list[str]:
+    """`--goodput ttft:500 tpot:50`, as `vllm bench serve` takes it, with the flag before every limit."""
+    spread: list[str] = []
+    for arg in args:
+        if spread[-2:-1] == ["--goodput"] and re.fullmatch(r"\w+:\d*\.?\d+", arg):
+            spread.append("--goodput")
+        spread.append(arg)
+    return spread
 
 
 def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,4 +242,4 @@ def _plan(values: dict[str, Any]) -> LoadPlan:
         output_len=values["output_len"],
         range_ratio=values["range_ratio"],
     )
-    return LoadPlan(spec, load, **{name: values[name] for name in own})
+    return LoadPlan(spec, load, parse_limits(values["goodput"] or ()), **{name: values[name] for name in own})

@@ -59,6 +59,7 @@ SPEED = (
     Figure("mean_tpot_ms", "TPOT", "ms", 1.0, False),
     Figure("mean_itl_ms", "ITL", "ms", 1.0, False),
 )
+GOODPUT = Figure("request_goodput", "goodput", "/s")
 MEMORY = ["KV\nB/token", "effective\nbits", "capacity\ntokens", "peak\ntokens", "pre-\nempted", "requests"]
 
 
@@ -74,15 +75,22 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Speed and memory, a row a record, every figure with its change against the baseline."""
+    figures = speed_figures(comparison.records)
     speed, memory = [], []
     for i, record in enumerate(comparison.records):
         name = Cell(comparison.names[i] + ("" if record.complete else " (incomplete)"))
-        speed.append([name, *(_cell(comparison, i, figure) for figure in SPEED)])
+        speed.append([name, *(_cell(comparison, i, figure) for figure in figures)])
         memory.append([name, *_memory_cells(record)])
     return [
-        Table("speed (latencies are means)", ["policy", *map(_heading, SPEED)], speed),
+        Table("speed (latencies are means)", ["policy", *map(_heading, figures)], speed),
         Table("memory (x: against 16 bits a number)", ["policy", *MEMORY], memory),
     ]
+
+
+def speed_figures(records: Sequence[RunRecord]) -> list[Figure]:
+    """The columns of the table of speeds: goodput only where it was asked for."""
+    asked = any(record.get(GOODPUT.key) is not None for record in records)
+    return [SPEED[0], *([GOODPUT] * asked), *SPEED[1:]]
 
 
 def _heading(figure: Figure) -> str:
@@ -139,6 +147,9 @@ def conditions(record: RunRecord) -> str:
             text += f", burstiness {work['burstiness']:g}"
     if record.concurrency:
         text += f", {'at most ' * bool(work.get('request_rate'))}{record.concurrency} at a time"
+    if work.get("goodput"):
+        limits = " and ".join(f"{NAMES[name]} ≤ {ms:g} ms" for name, ms in work["goodput"].items())
+        text += f"; goodput: {limits}"
     if (work.get("distinct_prompts") or work.get("num_prompts")) != work.get("num_prompts"):
         text += f"; only {work['distinct_prompts']} different prompts"
     return text
@@ -166,6 +177,11 @@ def run_tables(record: RunRecord) -> list[Table]:
         ("requests", requests_done(record)),
         ("duration", f"{number(metrics.get('duration'))} s"),
         ("requests per second", number(metrics.get("request_throughput"))),
+        *(
+            [("goodput, requests per second", number(metrics["request_goodput"]))]
+            if "request_goodput" in metrics
+            else []
+        ),
         ("input tokens per second", number(metrics.get("input_throughput"))),
         ("output tokens per second", number(metrics.get("output_throughput"))),
         ("total tokens per second", number(metrics.get("total_token_throughput"))),

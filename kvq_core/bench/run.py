@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ def measure(
     load: Load,
     *,
     env: dict[str, Any],
+    limits: Mapping[str, float] | None = None,
     label: str | None = None,
     note: str | None = None,
     clock: Callable[[], float] = time.perf_counter,
     on_warmup: Progress | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Replay `workload` on `target` under `load`.
+    """Replay `workload` on `target` under `load`; `limits` are those of the goodput, in milliseconds.
 
     Ctrl-C during warm-up is raised, since nothing was measured yet; later it gives an incomplete record.
     Raises `KvqError` if warm-up fails altogether.
@@ -45,7 +46,7 @@ def measure(
     target.reset_stats()
     result = run_load(target, workload.requests, load, clock=clock, progress=progress)
     info = target.info()
-    metrics = summarize(result.traces, result.duration)
+    metrics = summarize(result.traces, result.duration, limits)
     metrics["unfinished"] = int(metrics["unfinished"] or 0) + result.unsent
     if load.request_rate is not None:
         metrics["achieved_request_rate"] = result.request_rate
@@ -56,7 +57,7 @@ def measure(
         model=_without_folder(info.model),
         env=env,
         engine=dict(info.engine),
-        workload=workload.describe() | load.describe(),
+        workload=workload.describe() | load.describe() | ({"goodput": dict(limits)} if limits else {}),
         kv=_kv_stats(target, result),
         metrics=metrics,
         errors=_errors(result),

@@ -214,6 +214,29 @@ def test_an_open_loop(kvq, fakes):
     assert "500 requests per second asked for" in out and "at most 2 at a time" in out
 
 
+@pytest.mark.parametrize("limits", [("ttft:1e4",), ("ttft:60000", "tpot:1000"), ("ttft:60000 e2el:60000",)])
+def test_goodput(kvq, fakes, limits):
+    code, out, err = kvq("profile-throughput", *SMALL, "--goodput", *limits, "--json")
+    if limits == ("ttft:1e4",):
+        assert code == 2 and "`ttft:1e4` is no limit" in err
+        return
+    record = json.loads(out)
+    assert record["request_goodput"] == record["request_throughput"] > 0
+    assert record["workload"]["goodput"]["ttft"] == 60000
+
+
+def test_goodput_in_tables(kvq, fakes):
+    _, out, _ = kvq(
+        "compare", "--policies", "0,8", "--goodput", "ttft:60000", "tpot:0.5", *SMALL, "--markdown"
+    )
+    assert out.startswith("| policy | requests /s | goodput /s | input")
+    assert "; goodput: TTFT ≤ 60000 ms and TPOT ≤ 0.5 ms" in out
+    _, out, _ = kvq("profile-throughput", "--goodput", "ttft:60000", *SMALL)
+    assert "goodput, requests per second" in out
+    _, out, _ = kvq("profile-throughput", *SMALL)
+    assert "goodput" not in out
+
+
 def test_an_infinite_rate_is_a_closed_loop(kvq, fakes):
     _, out, _ = kvq("profile-throughput", "--request-rate", "inf", *SMALL, "--json")
     assert json.loads(out)["workload"]["loop"] == "closed"
@@ -347,6 +370,7 @@ def test_full_disk(kvq, fakes, tmp_path, monkeypatch):
         (("profile-throughput", "--warmup", "8"), 2, "--warmup 8 is less than the 64 requests in flight"),
         (("profile-throughput", "--request-rate", "0"), 2, "--request-rate must be above 0"),
         (("compare", "--policies", "0,4", "--burstiness", "2"), 2, "--burstiness needs --request-rate"),
+        (("compare", "--policies", "0,4", "--goodput", "ttft:9", "itl:5"), 2, "`itl:5` is no limit"),
         (("profile-throughput", "--dataset-name", "alpaca"), 2, "unknown --dataset-name `alpaca`"),
         (("profile-throughput", "--dataset-name", "lengths"), 2, "needs --dataset-path"),
         (("profile-throughput", "--dataset-path", "none.json"), 1, "no file none.json"),
