@@ -27,14 +27,15 @@ CPU_WARMUP_INPUT = 32
 
 
 def _flag(
-    kind: Any, name: str, help: str, *, metavar: str = "N", panel: str = LOAD_PANEL, **more: Any
+    kind: Any, names: str, help: str, *, metavar: str = "N", panel: str = LOAD_PANEL, **more: Any
 ) -> Any:
-    return Annotated[kind, typer.Option(name, help=help, metavar=metavar, rich_help_panel=panel, **more)]
+    flags = names.split()
+    return Annotated[kind, typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=panel, **more)]
 
 
-def _count(name: str, help: str, default: str, panel: str = LOAD_PANEL) -> Any:
+def _count(names: str, help: str, default: str, panel: str = LOAD_PANEL) -> Any:
     """A positive number that is chosen for the user; `default` says how."""
-    return _flag(int | None, name, help, min=1, show_default=default, panel=panel)
+    return _flag(int | None, names, help, min=1, show_default=default, panel=panel)
 
 
 def _complete_name(incomplete: str) -> list[str]:
@@ -86,8 +87,32 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
         ),
         None,
     ),
+    "duration": (
+        _flag(
+            float | None,
+            "--duration",
+            "Send nothing more after this many seconds, and wait for what is in flight.",
+            metavar="SECONDS",
+            show_default="until all are sent",
+        ),
+        None,
+    ),
+    "cancel_rate": (
+        _flag(
+            float,
+            "--cancel-rate",
+            "Cancel this share of the requests in the middle of their answers, as users do; which, and after "
+            "how many tokens, follows from --seed.",
+            metavar="SHARE",
+        ),
+        0.0,
+    ),
     "num_prompts": (
-        _count("--num-prompts", "Requests to measure.", "2 x concurrency; on a CPU, concurrency"),
+        _count(
+            "--num-prompts",
+            "Requests to measure.",
+            "2 x concurrency, on a CPU concurrency; rate x duration where both are given",
+        ),
         None,
     ),
     "max_output_len": (
@@ -96,7 +121,7 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
     ),
     "warmup": (
         _count(
-            "--warmup",
+            "--num-warmups --warmup",
             "Requests before the measured ones, stopped after 8 tokens; at least as many as are in flight, "
             "so that nothing is measured the first time that it runs.",
             "as many as are in flight",
@@ -176,7 +201,8 @@ class LoadPlan:
     def resolve(self, on_cpu: bool) -> WorkloadSpec:
         """Sizes for where the model runs; says so where they are smaller than elsewhere."""
         concurrency = self.load.concurrency or CONCURRENCY
-        num_prompts = self.num_prompts or concurrency * (1 if on_cpu else 2)
+        arriving = math.ceil((self.load.request_rate or 0) * (self.load.duration or 0))
+        num_prompts = self.num_prompts or arriving or concurrency * (1 if on_cpu else 2)
         max_output_len = self.max_output_len or (CPU_OUTPUT_CAP if on_cpu else None)
         if on_cpu and None in (self.num_prompts, self.max_output_len):
             console.say(
@@ -187,7 +213,7 @@ class LoadPlan:
         warmup = self.warmup or in_flight
         if warmup < in_flight:
             raise UsageError(
-                f"--warmup {warmup} is less than the {in_flight} requests in flight",
+                f"--num-warmups {warmup} is less than the {in_flight} requests in flight",
                 "leave it out, or warm up with at least as many: what runs first is slower",
             )
         return replace(
@@ -234,6 +260,8 @@ def _plan(values: dict[str, Any]) -> LoadPlan:
         concurrency=values["concurrency"] or (CONCURRENCY if rate is None else None),
         request_rate=rate,
         burstiness=values["burstiness"],
+        duration=values["duration"],
+        cancel_rate=values["cancel_rate"],
     )
     spec = WorkloadSpec(
         name=values["dataset_name"],

@@ -10,20 +10,14 @@ from kvq_core.bench.record import RunRecord
 from kvq_core.errors import KvqError
 
 CHANGES = (
-    "request_throughput", "request_goodput", "input_throughput", "output_throughput", "mean_e2el_ms", "mean_ttft_ms",
-    "mean_tpot_ms", "mean_itl_ms",
+    "request_throughput", "request_goodput", "input_throughput", "output_throughput",
+    "mean_e2el_ms", "mean_ttft_ms", "mean_tpot_ms", "mean_itl_ms",
 )  # fmt: skip
 """Figures that are put in relation to the baseline's; memory is put in relation to a 16-bit cache."""
 _WORK = (
-    "name",
-    "dataset",
-    "sha256",
-    "num_prompts",
-    "output_len_cap",
-    "request_rate",
-    "burstiness",
-    "goodput",
-)
+    "name", "dataset", "sha256", "num_prompts", "output_len_cap", "request_rate", "burstiness", "goodput",
+    "duration_limit_s", "cancel_rate",
+)  # fmt: skip
 _REQUESTS = "workload's requests (SHA-256)"
 _ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs")
 

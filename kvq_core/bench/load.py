@@ -30,6 +30,10 @@ class Load:
     """Requests per second; None: a closed loop."""
     burstiness: float = 1.0
     """Shape of the gamma distribution of intervals: 1 is a Poisson process, less is burstier."""
+    duration: float | None = None
+    """Seconds after which nothing more is sent; what is in flight then is answered still."""
+    cancel_rate: float = 0.0
+    """Share of the requests that are cancelled in the middle of their answer."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -39,6 +43,10 @@ class Load:
             raise UsageError(f"--burstiness must be above 0, got {self.burstiness:g}", "1 is Poisson")
         if self.request_rate is None and self.burstiness != 1:
             raise UsageError("--burstiness needs --request-rate", "without a rate nothing arrives by itself")
+        if self.duration is not None and not 0 < self.duration < math.inf:
+            raise UsageError(f"--duration must be above 0 seconds, got {self.duration:g}")
+        if not 0 <= self.cancel_rate < 1:
+            raise UsageError(f"--cancel-rate must lie in [0, 1), got {self.cancel_rate:g}")
         assert self.concurrency or self.request_rate, "a closed loop needs a concurrency"
 
     def due_times(self, count: int) -> list[float]:
@@ -53,16 +61,23 @@ class Load:
         times = list(accumulate(generator.gammavariate(self.burstiness, 1.0) for _ in range(count)))
         return [time * count / self.request_rate / times[-1] for time in times]
 
+    def cancellations(self, requests: Sequence[BenchRequest]) -> dict[int, int]:
+        """Request -> tokens after which it is cancelled: at least one, and fewer than it asks for."""
+        generator = random.Random(f"cancellations {self.seed}")
+        several = [request for request in requests if request.output_len > 1]
+        chosen = generator.sample(several, min(len(several), round(self.cancel_rate * len(requests))))
+        return {request.index: generator.randint(1, request.output_len - 1) for request in chosen}
+
     def describe(self) -> dict[str, Any]:
         """What a run record says of it."""
-        if self.request_rate is None:
-            return {"loop": "closed", "concurrency": self.concurrency}
-        return {
-            "loop": "open",
-            "concurrency": self.concurrency,
-            "request_rate": self.request_rate,
-            "burstiness": self.burstiness,
-        }
+        description: dict[str, Any] = {"loop": "closed", "concurrency": self.concurrency}
+        if self.request_rate is not None:
+            description |= {"loop": "open", "request_rate": self.request_rate, "burstiness": self.burstiness}
+        if self.duration is not None:
+            description["duration_limit_s"] = self.duration
+        if self.cancel_rate:
+            description["cancel_rate"] = self.cancel_rate
+        return description
 
 
 @dataclass
@@ -74,7 +89,10 @@ class LoadResult:
     end: float = 0.0
     interrupted: bool = False
     error: Exception | None = None
+    unfinished: int = 0
+    """Requests that were not sent, or not answered, because the loop ended early."""
     unsent: int = 0
+    """Requests that were left when the load's duration was over."""
 
     @property
     def complete(self) -> bool:
@@ -115,9 +133,14 @@ def run_load(
     waiting = deque(zip(load.due_times(len(requests)), requests, strict=True))
     free = deque([-math.inf] * min(load.concurrency or len(requests), len(requests)))
     """For every request that may still be sent: since when."""
+    cancel_after = load.cancellations(requests)
+    stop = result.start + (math.inf if load.duration is None else load.duration)
     ended = tokens = 0
     try:
         while waiting or running:
+            if waiting and clock() >= stop:
+                result.unfinished = len(waiting) + len(running)
+                waiting.clear()
             while waiting and free and result.start + waiting[0][0] <= clock():
                 due, request = waiting.popleft()
                 trace = _trace(request, result.start + due, free.popleft(), clock())
@@ -138,10 +161,16 @@ def run_load(
                 if event.index in running
             ]
             for event in events:
-                _record(traces[event.index], event)
+                trace = traces[event.index]
+                if trace.ended is not None:
+                    continue  # cancelled, and more of it came with the same events
+                _record(trace, event)
                 tokens += event.tokens
                 last = max(last, event.time)
-                if traces[event.index].ended is not None:
+                if trace.ended is None and trace.tokens >= cancel_after.get(trace.index, math.inf):
+                    target.cancel(trace.index)
+                    trace.cancelled, trace.ended = True, event.time
+                if trace.ended is not None:
                     running.discard(event.index)
                     free.append(event.time)
                     ended += 1

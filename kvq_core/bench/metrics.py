@@ -23,6 +23,8 @@ DEFINITIONS = {
     "goodput": "completed requests that met every limit of --goodput, by the same seconds",
     "failed": "requests that ended in an error or short of the tokens asked for: excluded from latencies "
     "and throughput, always shown",
+    "cancelled": "requests that the client stopped in the middle of their answer, as --cancel-rate asks: "
+    "excluded likewise",
 }
 """What each figure means; printed by `--help`."""
 
@@ -67,6 +69,7 @@ def summarize(
         "duration": duration,
         "completed": len(good),
         "failed": sum(trace.error is not None for trace in traces),
+        "cancelled": sum(trace.status == "cancelled" for trace in traces),
         "unfinished": sum(trace.ended is None for trace in traces),
         "total_input_tokens": input_tokens,
         "total_output_tokens": output_tokens,

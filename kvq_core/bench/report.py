@@ -124,7 +124,11 @@ def requests_done(record: RunRecord) -> str:
     """`64 ok`, and how many failed or were not finished, if any."""
     metrics = record.metrics
     parts = [f"{metrics.get('completed') or 0:.0f} ok"]
-    parts += [f"{metrics[key]:.0f} {key}" for key in ("failed", "unfinished") if metrics.get(key)]
+    parts += [
+        f"{metrics[key]:.0f} {key}"
+        for key in ("failed", "cancelled", "unfinished", "unsent")
+        if metrics.get(key)
+    ]
     return ", ".join(parts)
 
 
@@ -147,6 +151,10 @@ def conditions(record: RunRecord) -> str:
             text += f", burstiness {work['burstiness']:g}"
     if record.concurrency:
         text += f", {'at most ' * bool(work.get('request_rate'))}{record.concurrency} at a time"
+    if work.get("duration_limit_s"):
+        text += f", none sent after {work['duration_limit_s']:g} s"
+    if work.get("cancel_rate"):
+        text += f", {work['cancel_rate']:.0%} cancelled"
     if work.get("goodput"):
         limits = " and ".join(f"{NAMES[name]} ≤ {ms:g} ms" for name, ms in work["goodput"].items())
         text += f"; goodput: {limits}"

@@ -47,7 +47,7 @@ def measure(
     result = run_load(target, workload.requests, load, clock=clock, progress=progress)
     info = target.info()
     metrics = summarize(result.traces, result.duration, limits)
-    metrics["unfinished"] = int(metrics["unfinished"] or 0) + result.unsent
+    metrics |= {"unfinished": result.unfinished, "unsent": result.unsent}
     if load.request_rate is not None:
         metrics["achieved_request_rate"] = result.request_rate
     record = RunRecord(

@@ -26,14 +26,22 @@ class RequestTrace:
     ended: float | None = None
     """None: still running when the run was interrupted."""
     error: str | None = None
+    cancelled: bool = False
+    """Stopped by the client, on purpose."""
 
     @property
     def tokens(self) -> int:
         return sum(count for _, count in self.arrivals)
 
     @property
+    def status(self) -> str:
+        if self.ended is None:
+            return "unfinished"
+        return "failed" if self.error is not None else "cancelled" if self.cancelled else "ok"
+
+    @property
     def succeeded(self) -> bool:
-        return self.ended is not None and self.error is None
+        return self.status == "ok"
 
     @property
     def ttft(self) -> float:
@@ -69,7 +77,7 @@ class RequestTrace:
             "ttft_ms": to_ms(self.ttft) if seen else None,
             "e2el_ms": to_ms(self.e2el) if seen else None,
             "itl_ms": [to_ms(gap) for gap in self.itl],
-            "status": "ok" if self.succeeded else "failed" if self.ended is not None else "unfinished",
+            "status": self.status,
             "error": self.error,
         }
 
