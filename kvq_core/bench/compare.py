@@ -64,6 +64,7 @@ class Comparison:
         """What a reader must know before trusting the comparison."""
         found = [self._incomplete(i) for i, record in enumerate(self.records) if not record.complete]
         found += [self._failed(i) for i, record in enumerate(self.records) if record.metrics.get("failed")]
+        found += [self._ran_out(i) for i, record in enumerate(self.records) if _ran_out(record)]
         return found + [
             f"records differ in {what}: " + ", ".join(f"{value} ({names})" for value, names in values.items())
             for what, values in self._differences()
@@ -84,6 +85,13 @@ class Comparison:
         return (
             f"{self.names[i]}: {record.metrics['failed']:.0f} requests failed and are left out of the figures"
             + (f" ({error})" if error else "")
+        )
+
+    def _ran_out(self, i: int) -> str:
+        work = self.records[i].workload
+        return (
+            f"{self.names[i]}: all {work['num_prompts']} requests were sent before the "
+            f"{work['duration_limit_s']:g} s of --duration were over; --num-prompts gives it more"
         )
 
     def _differences(self) -> Iterable[tuple[str, dict[str, str]]]:
@@ -150,6 +158,13 @@ def _conditions(records: Sequence[RunRecord]) -> list[tuple[str, Callable[[RunRe
         ("seed", lambda r: r.workload.get("seed", r.env.get("seed"))),
         *((f"engine's {name}", _part("engine", name)) for name in engine),
     ]
+
+
+def _ran_out(record: RunRecord) -> bool:
+    """Whether a closed loop that was to last a while had nothing left to send."""
+    work, seconds = record.workload, record.metrics.get("duration") or 0
+    limit = work.get("duration_limit_s")
+    return limit is not None and work.get("loop") == "closed" and record.complete and seconds < limit
 
 
 def _model(record: RunRecord) -> str:

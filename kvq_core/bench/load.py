@@ -139,7 +139,7 @@ def run_load(
     try:
         while waiting or running:
             if waiting and clock() >= stop:
-                result.unfinished = len(waiting) + len(running)
+                result.unsent = len(waiting)
                 waiting.clear()
             while waiting and free and result.start + waiting[0][0] <= clock():
                 due, request = waiting.popleft()
@@ -184,7 +184,7 @@ def run_load(
         result.error = error
     result.end = last if result.complete else max(last, clock())
     result.traces = list(traces.values())
-    result.unsent = len(waiting)
+    result.unfinished = len(waiting) + sum(trace.ended is None for trace in result.traces)
     for index in running:
         # A broken target may refuse; what was measured matters more.
         with suppress(Exception):

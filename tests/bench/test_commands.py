@@ -237,6 +237,24 @@ def test_goodput_in_tables(kvq, fakes):
     assert "goodput" not in out
 
 
+def test_duration_rate_and_warm_up(kvq, fakes):
+    load = ("--request-rate", 50, "--duration", 0.1, "--num-warmups", 70)
+    code, out, _ = kvq("profile-throughput", *load, "--json")
+    work = json.loads(out)["workload"]
+    assert code == 0 and (work["num_prompts"], work["num_warmup"]) == (5, 70)
+    assert work["duration_limit_s"] == 0.1
+
+
+def test_requests_that_run_out_before_the_duration_are_pointed_out(kvq, fakes):
+    code, _, err = kvq("profile-throughput", *SMALL, "--duration", 60)
+    assert code == 0 and "all 3 requests were sent before the 60 s of --duration were over" in err
+
+
+def test_cancelled_requests(kvq, fakes):
+    code, out, _ = kvq("profile-throughput", *SMALL, "--cancel-rate", 0.34)
+    assert code == 0 and "34% cancelled" in out
+
+
 def test_an_infinite_rate_is_a_closed_loop(kvq, fakes):
     _, out, _ = kvq("profile-throughput", "--request-rate", "inf", *SMALL, "--json")
     assert json.loads(out)["workload"]["loop"] == "closed"
@@ -367,10 +385,16 @@ def test_full_disk(kvq, fakes, tmp_path, monkeypatch):
         (("profile-throughput", "--num-prompts", "-3"), 2, "--num-prompts"),
         (("profile-throughput", "--max-output-len", "0"), 2, "--max-output-len"),
         (("profile-throughput", "--input-len", "0", "--dataset-name", "fixed"), 2, "--input-len"),
-        (("profile-throughput", "--warmup", "8"), 2, "--warmup 8 is less than the 64 requests in flight"),
+        (
+            ("profile-throughput", "--warmup", "8"),
+            2,
+            "--num-warmups 8 is less than the 64 requests in flight",
+        ),
         (("profile-throughput", "--request-rate", "0"), 2, "--request-rate must be above 0"),
         (("compare", "--policies", "0,4", "--burstiness", "2"), 2, "--burstiness needs --request-rate"),
         (("compare", "--policies", "0,4", "--goodput", "ttft:9", "itl:5"), 2, "`itl:5` is no limit"),
+        (("profile-throughput", "--duration", "0"), 2, "--duration must be above 0"),
+        (("profile-throughput", "--cancel-rate", "1.5"), 2, "--cancel-rate must lie in [0, 1)"),
         (("profile-throughput", "--dataset-name", "alpaca"), 2, "unknown --dataset-name `alpaca`"),
         (("profile-throughput", "--dataset-name", "lengths"), 2, "needs --dataset-path"),
         (("profile-throughput", "--dataset-path", "none.json"), 1, "no file none.json"),

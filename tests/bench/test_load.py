@@ -7,6 +7,7 @@ import pytest
 
 from kvq_core.bench.load import Load, run_load
 from kvq_core.bench.metrics import summarize
+from kvq_core.bench.report import requests_done
 from kvq_core.bench.run import measure
 from kvq_core.bench.workload import Workload
 from kvq_core.errors import KvqError, UsageError
@@ -24,7 +25,7 @@ def test_concurrency_is_held(bench, concurrency):
     assert target.max_running == min(concurrency, 10)
     assert [trace.index for trace in result.traces] == list(range(10))
     assert all(trace.succeeded for trace in result.traces)
-    assert result.complete and result.unsent == 0
+    assert result.complete and result.unsent == result.unfinished == 0
 
 
 def test_timing_by_hand(bench):
@@ -86,7 +87,7 @@ def test_interrupt_keeps_what_was_measured(bench):
     result = play(target, bench.requests(10), 2)
     assert result.interrupted and not result.complete
     assert [trace.succeeded for trace in result.traces] == [True, True, False, False]
-    assert result.unsent == 6
+    assert result.unfinished == 8 and result.unsent == 0
     assert sorted(target.cancelled) == [2, 3]
     m = summarize(result.traces, result.duration)
     assert (m["completed"], m["failed"], m["unfinished"]) == (2, 0, 2)
@@ -197,6 +198,9 @@ def test_arrivals_follow_the_seed():
         {"request_rate": math.nan},
         {"request_rate": 1.0, "burstiness": 0.0},
         {"burstiness": 2.0},
+        {"duration": 0.0},
+        {"cancel_rate": 1.0},
+        {"cancel_rate": -0.1},
     ],
 )
 def test_a_load_that_makes_no_sense_is_refused(wrong):
@@ -211,6 +215,72 @@ def test_the_record_states_the_rate_asked_for_and_the_rate_sent(bench):
     assert record.workload["loop"] == "open" and record.workload["concurrency"] == 2
     assert record.workload["request_rate"] == 0.5 and record.workload["burstiness"] == 0.5
     assert record.metrics["achieved_request_rate"] == pytest.approx(0.5, rel=0.2)
+
+
+def test_nothing_is_sent_after_the_duration(bench):
+    """Two at a time, 1.25 s each: sent at 0, 1.25 and 2.5 s, all answered, the other four left out."""
+    target = bench.Target(bench.steady(0.5, 0.25))
+    load = Load(2, duration=2.6)
+    record = measure(target, workload(bench, 10), load, env={}, clock=target.clock).record
+    assert record.complete and record.workload["duration_limit_s"] == 2.6
+    counts = [record.metrics[key] for key in ("completed", "failed", "unfinished", "unsent")]
+    assert counts == [6, 0, 0, 4]
+    assert record.metrics["duration"] == pytest.approx(3.75)
+    assert requests_done(record) == "6 ok, 4 unsent"
+
+
+def test_an_interrupt_after_the_duration_is_one_all_the_same(bench):
+    target = bench.Target(bench.steady(0.5, 0.25), raise_at_poll={6: KeyboardInterrupt()})
+    result = play(target, bench.requests(10), Load(2, duration=1.5))
+    assert result.interrupted and (result.unsent, result.unfinished) == (6, 2)
+
+
+def test_an_open_loop_stops_at_the_duration_too(bench):
+    target = bench.Target(bench.steady(1.0), punctual=True)
+    result = play(target, bench.requests(9, output_len=1), Timetable(request_rate=10, duration=0.35))
+    assert len(target.sent) == 4 and result.unsent == 5 and result.complete
+    assert target.now < 102
+
+
+def test_cancelled_requests_are_counted_apart(bench):
+    target = bench.Target(bench.steady(0.5, 0.25))
+    requests = bench.requests(10)
+    load = Load(3, cancel_rate=0.3, seed=4)
+    planned = load.cancellations(requests)
+    result = play(target, requests, load)
+    assert sorted(target.cancelled) == sorted(planned) and len(planned) == 3
+    assert result.complete
+    for trace in result.traces:
+        assert trace.status == ("cancelled" if trace.index in planned else "ok")
+        assert trace.tokens == planned.get(trace.index, 4)
+    m = summarize(result.traces, result.duration)
+    assert (m["completed"], m["cancelled"], m["failed"], m["unfinished"]) == (7, 3, 0, 0)
+    assert m["total_output_tokens"] == 28 and m["mean_e2el_ms"] == pytest.approx(1250)
+
+
+def test_what_arrives_after_a_cancellation_is_ignored(bench):
+    """Tokens that were under way come with the same events as the one that made the client hang up."""
+    target = bench.Target(lambda request: bench.Script([1.0, 0.0, 0.0, 0.0]))
+    result = play(target, bench.requests(1), Load(1, cancel_rate=0.9, seed=1))
+    (trace,) = result.traces
+    assert trace.status == "cancelled" and trace.tokens < 4 and trace.error is None
+
+
+def test_a_cancelled_request_makes_room_for_the_next(bench):
+    target = bench.Target(bench.steady(1.0, 1.0))
+    requests = bench.requests(2, output_len=2)
+    first = next(s for s in range(99) if 0 in Load(1, cancel_rate=0.5, seed=s).cancellations(requests))
+    play(target, requests, Load(1, cancel_rate=0.5, seed=first))
+    assert target.sent == [(100.0, 0), (101.0, 1)]
+
+
+def test_cancellations_follow_the_seed_and_leave_a_token_to_come(bench):
+    requests = bench.requests(200, output_len=5) + bench.requests(50, output_len=1, start=200)
+    plans = [Load(1, cancel_rate=0.5, seed=seed).cancellations(requests) for seed in (1, 1, 2)]
+    assert plans[0] == plans[1] != plans[2]
+    assert len(plans[0]) == 125 and max(plans[0]) < 200
+    assert set(plans[0].values()) == {1, 2, 3, 4}
+    assert Load(1).cancellations(requests) == {}
 
 
 def workload(bench, count=4, warmup=3):
