@@ -87,9 +87,12 @@ def measure_policies(
     output: Path | None,
     *,
     label: str | None = None,
+    repeats: int = 1,
     as_list: bool,
 ) -> Session:
     """Load the model once and replay the same requests under each policy, with the same KV memory.
+
+    With `repeats` policies take turns (A B C A B C), so that what changes with time meets all of them.
 
     Ctrl-C and a policy that fails end up in the session; what is wrong with the input is raised at once.
     """
@@ -131,7 +134,8 @@ def measure_policies(
             session.interrupted = True
         except KvqError as error:
             session.error = error
-            if policy is not policies[-1]:
+            given_up.add(policy)
+            if (repeat, policy) != runs[-1]:
                 console.warn(f"{policy.label} was not measured: {error.message}")
         except Exception as error:  # a fault: the device may be in any state, and other policies share it
             session.error = error
@@ -162,6 +166,7 @@ def _measure(
     load: "Load",
     limits: dict[str, float],
     label: str | None,
+    repeat: int | None,
     session: Session,
 ) -> EngineConfig:
     """Measure one policy and add its record; returns the config with the KV memory that it got."""
@@ -170,7 +175,7 @@ def _measure(
     from kvq_core.bench.run import measure
     from kvq_core.engine.engine import Engine
 
-    name = config.resolved_policy().label
+    name = config.resolved_policy().label + (f", run {repeat}" if repeat else "")
     with console.progress(f"{name}: starting the engine") as update:
         engine = Engine(model, config, lambda done, total: update(done=done, total=total))
     try:
@@ -195,7 +200,7 @@ def _measure(
     finally:
         engine.close()
     session.interrupted |= measurement.load.interrupted
-    session.add(measurement.record, measurement.rows)
+    session.add(replace(measurement.record, repeat=repeat), measurement.rows)
     if measurement.load.error:
         raise measurement.load.error
     return config.replace(kv_memory=memory)

@@ -7,7 +7,7 @@ import typer
 
 from kvq_cli import console
 from kvq_cli.benchmark import DEFINITIONS_HELP, Session, emit_tables, measure_policies
-from kvq_cli.load_options import LoadPlan, load_options
+from kvq_cli.load_options import LOAD_PANEL, LoadPlan, load_options
 from kvq_cli.options import DEFAULT_MODEL, OUTPUT_PANEL, Json, Model, OutputFile, Policies, engine_options
 from kvq_core.config import EngineConfig
 from kvq_core.errors import KvqError, UsageError
@@ -26,6 +26,16 @@ def compare(
         ),
     ] = None,
     policies: Policies = "",
+    repeats: Annotated[
+        int,
+        typer.Option(
+            "--repeats",
+            min=1,
+            metavar="N",
+            help="Measure every policy N times, in turns, and show means with their 95% intervals.",
+            rich_help_panel=LOAD_PANEL,
+        ),
+    ] = 1,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +74,7 @@ def compare(
     else:
         chosen = parse_policies(policies)
         _check_baseline(baseline, chosen, config)
-        session = measure_policies(model, config, chosen, plan, output, as_list=True)
+        session = measure_policies(model, config, chosen, plan, output, repeats=repeats, as_list=True)
         if baseline and not any(record.is_called(baseline) for record in session.records):
             console.warn(f"the baseline {baseline} was not measured; the first policy takes its place")
             baseline = None
@@ -117,6 +127,7 @@ memory for the cache. With files, compares runs of earlier, on any machine.
 
 kvq compare --policies 0,8,4,42
 kvq compare --policies 0,42 --model Qwen/Qwen3-8B --concurrency 128 --kv-memory 16GiB --output runs.json
+kvq compare --policies 0,42 --repeats 5
 kvq compare runs.json other.json --baseline none --markdown
 
 {DEFINITIONS_HELP}

@@ -1,5 +1,6 @@
 """Records side by side: which is the baseline of which, relative changes, and what makes them unlike."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from kvq_core.bench.record import RunRecord
+from kvq_core.bench.repeats import average, group_repeats, usable
 from kvq_core.errors import KvqError
 
 CHANGES = (
@@ -27,7 +29,12 @@ class Comparison:
     """Records, and for each the one that it is measured against (the baseline's against itself)."""
 
     records: Sequence[RunRecord]
+    """Repeats of a run are one record, of their means."""
     baselines: Sequence[RunRecord]
+    runs: Sequence[Sequence[RunRecord]]
+    """For each record what was measured: itself, or its repeats."""
+    measured: Sequence[RunRecord]
+    """All of `runs`, in the order that they were given in."""
 
     @cached_property
     def names(self) -> list[str]:
@@ -47,23 +54,31 @@ class Comparison:
 
     def change(self, i: int, key: str) -> float | None:
         """Record i's figure by its baseline's; None where either is missing or zero."""
-        mine, base = self.records[i].get(key), self.baselines[i].get(key)
-        return mine / base if mine and base else None
+        return _change(self.records[i], self.baselines[i], key)
+
+    def noise(self, i: int, key: str) -> float:
+        """How far record i's change may be chance, as a share of the baseline's figure; 0 without repeats."""
+        mine, base = self.records[i], self.baselines[i]
+        halves = mine.intervals.get(key, 0.0), base.intervals.get(key, 0.0)
+        return math.hypot(*halves) / (base.get(key) or math.inf)
 
     def documents(self) -> list[dict[str, Any]]:
-        """The records as JSON objects, each with its changes: 0.05 is 5% more than the baseline."""
+        """Every run as a JSON object, each with its changes: 0.05 is 5% more than the baseline."""
+        row_of = {id(run): i for i, runs in enumerate(self.runs) for run in runs}
         documents = []
-        for i, record in enumerate(self.records):
-            changes = {key: self.change(i, key) for key in CHANGES}
+        for run in self.measured:
+            base = self.baselines[row_of[id(run)]]
+            changes = {key: _change(run, base, key) for key in CHANGES}
             relative = {key: value - 1 for key, value in changes.items() if value is not None}
-            name = self.names[self._index(self.baselines[i])]
-            documents.append(record.to_dict() | {"vs_baseline": {"baseline": name, **relative}})
+            name = self.names[self._index(base)]
+            documents.append(run.to_dict() | {"vs_baseline": {"baseline": name, **relative}})
         return documents
 
     def warnings(self) -> list[str]:
         """What a reader must know before trusting the comparison."""
         found = [self._incomplete(i) for i, record in enumerate(self.records) if not record.complete]
         found += [self._failed(i) for i, record in enumerate(self.records) if record.metrics.get("failed")]
+        found += [warning for i in range(len(self.records)) for warning in self._left_out(i)]
         found += [self._ran_out(i) for i, record in enumerate(self.records) if _ran_out(record)]
         return found + [
             f"records differ in {what}: " + ", ".join(f"{value} ({names})" for value, names in values.items())
@@ -86,6 +101,11 @@ class Comparison:
             f"{self.names[i]}: {record.metrics['failed']:.0f} requests failed and are left out of the figures"
             + (f" ({error})" if error else "")
         )
+
+    def _left_out(self, i: int) -> list[str]:
+        runs = self.runs[i]
+        count = len(runs) - len(usable(runs))
+        return [f"{self.names[i]}: {count} of {len(runs)} runs are incomplete and left out"] * (count > 0)
 
     def _ran_out(self, i: int) -> str:
         work = self.records[i].workload
@@ -120,13 +140,20 @@ def compare_records(records: Sequence[RunRecord], baseline: str | None = None) -
     Raises `KvqError` where no record is the baseline.
     """
     assert records
+    measured, runs = records, group_repeats(records)
+    records = [average(group) for group in runs]
     first = records[0] if baseline is None else _find(records, baseline)
     alike = [record for record in records if record.label == first.label and record.policy == first.policy]
     baselines = []
     for record in records:
         same = [other for other in alike if other.concurrency == record.concurrency]
         baselines.append(first if first in same or not same else same[0])
-    return Comparison(records, baselines)
+    return Comparison(records, baselines, runs, measured)
+
+
+def _change(record: RunRecord, baseline: RunRecord, key: str) -> float | None:
+    mine, base = record.get(key), baseline.get(key)
+    return mine / base if mine and base else None
 
 
 def _find(records: Sequence[RunRecord], baseline: str) -> RunRecord:

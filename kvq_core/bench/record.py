@@ -49,6 +49,10 @@ class RunRecord:
     """Message -> number of requests that failed with it."""
     note: str | None = None
     """What a reader must know before using the figures."""
+    repeat: int | None = None
+    """Which of several runs of the same thing this is, from 1; None: the only one."""
+    intervals: dict[str, float] = field(default_factory=dict)
+    """For the mean of several runs, figure -> half its 95% interval. No run by itself has any."""
 
     @property
     def name(self) -> str:
@@ -83,7 +87,8 @@ class RunRecord:
             **self.metrics,
             "errors": self.errors,
         }
-        return document | ({"note": self.note} if self.note else {})
+        extra = {"note": self.note, "repeat": self.repeat}
+        return document | {key: value for key, value in extra.items() if value is not None}
 
     @classmethod
     def from_dict(cls, document: Any, where: str) -> "RunRecord":
@@ -111,10 +116,11 @@ class RunRecord:
             metrics={
                 key: value
                 for key, value in document.items()
-                if key not in ("schema_version", "complete") and _is_figure(value)
+                if key not in ("schema_version", "repeat") and _is_figure(value)
             },
             errors=document.get("errors", {}),
             note=document.get("note"),
+            repeat=document.get("repeat"),
             **{key: document.get(key, {}) for key in PARTS},
         )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kvq_core.bench.compare import CHANGES, Comparison
 from kvq_core.bench.metrics import LATENCIES, PERCENTILES
 from kvq_core.bench.record import RunRecord
+from kvq_core.bench.repeats import usable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -99,11 +100,15 @@ def _heading(figure: Figure) -> str:
 
 def _cell(comparison: Comparison, i: int, figure: Figure) -> Cell:
     value = comparison.records[i].get(figure.key)
+    half = comparison.records[i].intervals.get(figure.key)
     text = number(None if value is None else value / figure.divisor)
+    if half is not None:
+        text += f" ±{half / figure.divisor:,.{len(text.partition('.')[2])}f}"
     change = comparison.change(i, figure.key)
     if change is None or comparison.is_baseline(i):
         return Cell(text)
-    better = None if abs(change - 1) < 0.005 else (change > 1) == figure.higher_is_better
+    nothing = max(0.005, comparison.noise(i, figure.key))
+    better = None if abs(change - 1) < nothing else (change > 1) == figure.higher_is_better
     return Cell(text, f"{change - 1:+.1%}", better)
 
 
@@ -175,7 +180,14 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     baselines = dict.fromkeys(
         comparison.names[i] for i in range(len(comparison.records)) if comparison.is_baseline(i)
     )
-    return [f"changes are against {', '.join(baselines)}", *notes(comparison.records)]
+    lines = [f"changes are against {', '.join(baselines)}"]
+    counts = {len(usable(runs)) for runs in comparison.runs}
+    if max(counts) > 1:
+        lines.append(
+            f"means of {' to '.join(map(str, sorted({min(counts), max(counts)})))} runs "
+            "± half their 95% interval (Student's t)"
+        )
+    return lines + notes(comparison.records)
 
 
 def run_tables(record: RunRecord) -> list[Table]:
@@ -243,6 +255,8 @@ def frame(comparison: Comparison) -> "DataFrame":
             "concurrency": record.concurrency,
             "seed": record.workload.get("seed"),
             **record.metrics,
+            "runs": len(usable(comparison.runs[i])),
+            **{f"{key}_ci95": half for key, half in record.intervals.items()},
             **{key: value for key, value in record.kv.items() if not isinstance(value, dict | list)},
             "baseline": comparison.names[comparison.records.index(comparison.baselines[i])],
         }
