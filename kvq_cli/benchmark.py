@@ -125,11 +125,14 @@ def measure_policies(
     seqs = plan.max_num_seqs or min(load.concurrency or config.max_num_seqs, spec.num_prompts)
     config = config.replace(max_num_seqs=seqs)
     session = Session(output, as_list)
-    for policy in policies:
+    runs = [(repeat, policy) for repeat in range(1, repeats + 1) for policy in policies]
+    given_up: set[Policy] = set()
+    for repeat, policy in runs:
+        if policy in given_up:
+            continue
+        own, number = config.replace(policy=policy), repeat if repeats > 1 else None
         try:
-            config = _measure(
-                model, config.replace(policy=policy), workload, load, plan.limits, label, session
-            )
+            config = _measure(model, own, workload, load, plan.limits, label, number, session)
         except KeyboardInterrupt:
             session.interrupted = True
         except KvqError as error:

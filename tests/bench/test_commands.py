@@ -31,6 +31,8 @@ class Fakes:
     """policy -> raised when its engine starts."""
     raise_at: dict[str, tuple[int, BaseException]] = field(default_factory=dict)
     """policy -> (number of the poll, raised by it)."""
+    interrupt_engine: int = 0
+    """Ctrl-C while the n-th engine runs, after one measured request."""
     error: str | None = None
     """Every measured request fails with it."""
 
@@ -78,6 +80,8 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
             at, error = fakes.raise_at.get(self.policy.name, (0, KeyError()))
             if self.polls == at:
                 raise error
+            if len(fakes.configs) == fakes.interrupt_engine and self.polls == 4:
+                raise KeyboardInterrupt
             if not self.running:
                 time.sleep(timeout)
                 return []
@@ -258,6 +262,43 @@ def test_cancelled_requests(kvq, fakes):
 def test_an_infinite_rate_is_a_closed_loop(kvq, fakes):
     _, out, _ = kvq("profile-throughput", "--request-rate", "inf", *SMALL, "--json")
     assert json.loads(out)["workload"]["loop"] == "closed"
+
+
+def test_repeats_take_turns_and_every_run_is_kept(kvq, fakes, tmp_path):
+    file = tmp_path / "r.json"
+    code, out, _ = kvq("compare", "--policies", "0,8,42", "--repeats", 3, *SMALL, "--output", file)
+    names = ["none", "int8", "turbo"]
+    assert code == 0 and len(fakes.loads) == 1
+    assert [config.resolved_policy().name for config in fakes.configs] == names * 3
+    assert len({config.kv_memory for config in fakes.configs}) == 1
+    records = json.loads(file.read_text())
+    assert [(r["label"], r["repeat"]) for r in records] == [(n, i) for i in (1, 2, 3) for n in names]
+    assert out.count("42 turbo") == 2 and " ±" in out and "means of 3 runs ±" in out
+    assert "9 ok" in out
+    code, again, _ = kvq("compare", file)
+    assert code == 0 and again == out
+
+
+def test_one_run_is_no_repeat(kvq, fakes, tmp_path):
+    _, out, _ = kvq("compare", "--policies", "0,8", *SMALL, "--output", tmp_path / "r.json")
+    assert "±" not in out and "repeat" not in json.loads((tmp_path / "r.json").read_text())[0]
+
+
+def test_interrupted_repeats_keep_those_that_ended(kvq, fakes, tmp_path):
+    fakes.interrupt_engine = 4
+    file = tmp_path / "r.json"
+    code, out, err = kvq("compare", "--policies", "0,8", "--repeats", 3, *SMALL, "--output", file)
+    assert code == 130
+    found = [(r["label"], r["repeat"], r["complete"]) for r in json.loads(file.read_text())]
+    assert found == [("none", 1, True), ("int8", 1, True), ("none", 2, True), ("int8", 2, False)]
+    assert "8 int8: 1 of 2 runs are incomplete and left out" in err and "(incomplete)" not in out
+    assert "means of 1 to 2 runs" in out
+
+
+def test_a_policy_that_does_not_start_is_tried_once(kvq, fakes):
+    fakes.fail_start = {"int8": KvqError("no memory is left", "take less")}
+    code, _, err = kvq("compare", "--policies", "0,8", "--repeats", 3, *SMALL)
+    assert code == 1 and len(fakes.configs) == 3 and err.count("was not measured") == 1
 
 
 def test_windows_show_in_names(kvq, fakes):
