@@ -1,17 +1,30 @@
 """`kvq compare`: policies, or records of earlier runs, side by side."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvq_cli import console
 from kvq_cli.benchmark import DEFINITIONS_HELP, Session, emit_tables, measure_policies
 from kvq_cli.load_options import LOAD_PANEL, LoadPlan, load_options
-from kvq_cli.options import DEFAULT_MODEL, OUTPUT_PANEL, Json, Model, OutputFile, Policies, engine_options
+from kvq_cli.options import (
+    CHECK_PANEL,
+    DEFAULT_MODEL,
+    OUTPUT_PANEL,
+    Json,
+    Model,
+    OutputFile,
+    Policies,
+    engine_options,
+    parse_fraction,
+)
 from kvq_core.config import EngineConfig
-from kvq_core.errors import KvqError, UsageError
+from kvq_core.errors import CheckFailed, KvqError, UsageError
 from kvq_core.policies import Policy, parse_policies
+
+if TYPE_CHECKING:
+    from kvq_core.bench.compare import Comparison
 
 
 @engine_options(without=("policy", "max_num_seqs"))
@@ -43,6 +56,16 @@ def compare(
             help="What the others are measured against: a label, or a policy's name or number.",
             show_default="the first",
             rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
+    fail_on_regression: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_fraction,
+            metavar="SHARE",
+            help="Exit with code 3 where output throughput, mean TTFT or mean TPOT is worse than the baseline's "
+            "by more than this share: 0.05 or 5%.",
+            rich_help_panel=CHECK_PANEL,
         ),
     ] = None,
     model: Model = DEFAULT_MODEL,
@@ -92,13 +115,27 @@ def compare(
         console.emit(report.csv(comparison))
     else:
         emit_tables(report.comparison_tables(comparison), report.comparison_notes(comparison), [])
-    if not markdown:
-        for warning in warnings:
-            console.warn(warning)
+    for warning in warnings:
+        console.warn(warning)
     session.save(comparison.documents())
     if output:
         console.say(f"wrote {output}")
     session.finish()
+    if fail_on_regression is not None:
+        _check_regressions(comparison, fail_on_regression)
+
+
+def _check_regressions(comparison: "Comparison", share: float) -> None:
+    if len(comparison.records) == 1:
+        raise UsageError(
+            "--fail-on-regression has nothing to compare with", "give it two records or policies"
+        )
+    worse = comparison.regressions(share)
+    if worse:
+        raise CheckFailed(
+            f"worse than --fail-on-regression {share:.4g} allows: {'; '.join(worse)}",
+            "the changes are against the baseline; --repeats tells chance from change",
+        )
 
 
 def _read(files: list[Path], output: Path | None) -> Session:
@@ -129,6 +166,7 @@ kvq compare --policies 0,8,4,42
 kvq compare --policies 0,42 --model Qwen/Qwen3-8B --concurrency 128 --kv-memory 16GiB --output runs.json
 kvq compare --policies 0,42 --repeats 5
 kvq compare runs.json other.json --baseline none --markdown
+kvq compare before.json after.json --fail-on-regression 5%
 
 {DEFINITIONS_HELP}
 """

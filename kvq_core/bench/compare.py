@@ -16,6 +16,8 @@ CHANGES = (
     "mean_e2el_ms", "mean_ttft_ms", "mean_tpot_ms", "mean_itl_ms",
 )  # fmt: skip
 """Figures that are put in relation to the baseline's; memory is put in relation to a 16-bit cache."""
+GUARDED = {"output_throughput": "output throughput", "mean_ttft_ms": "mean TTFT", "mean_tpot_ms": "mean TPOT"}
+"""Figures that must not get worse, and their names."""
 _WORK = (
     "name", "dataset", "sha256", "num_prompts", "output_len_cap", "request_rate", "burstiness", "goodput",
     "duration_limit_s", "cancel_rate",
@@ -73,6 +75,20 @@ class Comparison:
             name = self.names[self._index(base)]
             documents.append(run.to_dict() | {"vs_baseline": {"baseline": name, **relative}})
         return documents
+
+    def regressions(self, share: float) -> list[str]:
+        """What is worse than the baseline's by more than `share` (0.05 is 5%), or was not measured at all."""
+        found = []
+        for i, (record, base) in enumerate(zip(self.records, self.baselines, strict=True)):
+            for key, what in GUARDED.items():
+                change = self.change(i, key)
+                if change is None and base.get(key) and not record.get(key):
+                    found.append(f"{self.names[i]}: {what} was not measured")
+                elif (
+                    change is not None and (1 - change if key == "output_throughput" else change - 1) > share
+                ):
+                    found.append(f"{self.names[i]}: {what} {change - 1:+.1%}")
+        return found
 
     def warnings(self) -> list[str]:
         """What a reader must know before trusting the comparison."""

@@ -337,6 +337,33 @@ def test_records_that_differ_are_pointed_out(kvq, fakes, tmp_path):
     assert "warning: records differ in workload" in err and "warning: records differ in seed: 1" in err
 
 
+def test_a_regression_fails_and_says_what_got_worse(kvq, bench, write_json):
+    before, after = bench.record("before", None), bench.record("after", None, speed=0.9)
+    files = write_json("a.json", before.to_dict()), write_json("b.json", after.to_dict())
+    code, out, err = kvq("compare", *files, "--fail-on-regression", "5%")
+    assert code == 3 and "after" in out
+    assert "error: worse than --fail-on-regression 0.05 allows: after: output throughput -10.0%" in err
+    assert "after: mean TTFT +11.1%" in err and "after: mean TPOT +11.1%" in err
+    for fine in (
+        (*files, "--fail-on-regression", "12%"),
+        (*files, "--fail-on-regression", "0.12"),
+        (*reversed(files), "--fail-on-regression", "0"),
+        (*files, "--baseline", "after", "--fail-on-regression", "1%"),
+    ):
+        assert kvq("compare", *fine)[0] == 0
+    code, _, err = kvq("compare", files[0], "--fail-on-regression", "5%")
+    assert code == 2 and "nothing to compare with" in err
+
+
+def test_markdown_warns_on_stderr_too(kvq, bench, write_json):
+    unlike = bench.record("turbo", 42, env={"gpu": "H100"}, workload={"seed": 7})
+    file = write_json("a.json", [bench.record().to_dict(), unlike.to_dict()])
+    code, out, err = kvq("compare", file, "--markdown")
+    assert code == 0
+    for what in ("differ in GPU: none (0 none), H100 (42 turbo)", "differ in seed: 0 (0 none), 7 (42 turbo)"):
+        assert f"- **warning**: records {what}" in out and f"warning: records {what}" in err
+
+
 # 2 warm-up polls and 3 measured ones a policy: the fourth poll comes after one measured request.
 INTERRUPT = {"int8": (4, KeyboardInterrupt())}
 
@@ -448,6 +475,7 @@ def test_full_disk(kvq, fakes, tmp_path, monkeypatch):
         (("compare", "--policies", ","), 2, "no policy given"),
         (("compare", "--policies", "0,4", "--baseline", "42"), 1, "--baseline 42 is none of the policies"),
         (("compare", "--policies", "0,4", "--json", "--csv"), 2, "one or the other"),
+        (("compare", "a.json", "--fail-on-regression", "much"), 2, "much"),
     ],
     ids=lambda value: " ".join(value[:5]) if isinstance(value, tuple) else None,
 )
