@@ -63,8 +63,8 @@ def compare(
         typer.Option(
             parser=parse_fraction,
             metavar="SHARE",
-            help="Exit with code 3 where output throughput, mean TTFT or mean TPOT is worse than the baseline's "
-            "by more than this share: 0.05 or 5%.",
+            help="Exit with code 3 where output throughput, mean TTFT or mean TPOT is worse than the "
+            "baseline's by more than this share: 0.05 or 5%.",
             rich_help_panel=CHECK_PANEL,
         ),
     ] = None,

@@ -17,7 +17,7 @@ from kvq_cli.options import (
     parse_fraction,
 )
 from kvq_core.config import EngineConfig
-from kvq_core.errors import CheckFailed, UsageError
+from kvq_core.errors import CheckFailed
 from kvq_core.policies import parse_policies
 
 if TYPE_CHECKING:

@@ -95,6 +95,7 @@ class Comparison:
         found = [self._incomplete(i) for i, record in enumerate(self.records) if not record.complete]
         found += [self._failed(i) for i, record in enumerate(self.records) if record.metrics.get("failed")]
         found += [warning for i in range(len(self.records)) for warning in self._left_out(i)]
+        found += [self._late(i) for i, record in enumerate(self.records) if record.generator_bound]
         found += [self._ran_out(i) for i, record in enumerate(self.records) if _ran_out(record)]
         return found + [
             f"records differ in {what}: " + ", ".join(f"{value} ({names})" for value, names in values.items())
@@ -116,6 +117,12 @@ class Comparison:
         return (
             f"{self.names[i]}: {record.metrics['failed']:.0f} requests failed and are left out of the figures"
             + (f" ({error})" if error else "")
+        )
+
+    def _late(self, i: int) -> str:
+        return (
+            f"{self.names[i]}: the load generator itself was late, by {self.records[i].get('p99_lag_ms'):.1f} ms "
+            "at p99, and its delays are part of the latencies; a lower rate, or a faster client"
         )
 
     def _left_out(self, i: int) -> list[str]:

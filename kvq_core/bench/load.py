@@ -215,9 +215,13 @@ def _send(target: Target, request: BenchRequest, trace: RequestTrace, clock: Cal
 def _record(trace: RequestTrace, event: Event) -> None:
     if event.tokens:
         trace.arrivals.append((event.time, event.tokens))
+    if event.counts is not None:
+        trace.input_len, trace.counted = event.counts
     if event.error is not None:
         trace.error, trace.ended = event.error or "unknown error", event.time
     elif event.finished:
         trace.ended = event.time
         if trace.tokens < trace.output_len:
             trace.error = f"ended after {trace.tokens} of {trace.output_len} tokens"
+        elif not trace.arrivals:
+            trace.error = "ended without a token that could be timed"

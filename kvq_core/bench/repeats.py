@@ -76,6 +76,7 @@ def average(runs: Sequence[RunRecord]) -> RunRecord:
         intervals={key: half for key, half in intervals.items() if key not in COUNTS},
         kv=first.kv | _means([run.kv for run in runs])[0],
         errors=errors,
+        generator_bound=any(run.generator_bound for run in runs),
         repeat=None,
     )
 

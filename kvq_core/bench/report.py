@@ -140,9 +140,9 @@ def requests_done(record: RunRecord) -> str:
 def conditions(record: RunRecord) -> str:
     """One line: the model, where it ran, and what was replayed."""
     work, model = record.workload, record.model
-    where = record.env.get("gpu") or "CPU"
+    where = record.engine.get("url") if record.is_remote else record.env.get("gpu") or "CPU"
     source = work.get("dataset") or work.get("name")
-    text = f"{model.get('name', '?')} ({model.get('dtype', '?')}, {where}), {source}"
+    text = f"{model.get('name', '?')} ({', '.join(filter(None, [model.get('dtype'), where]))}), {source}"
     if work.get("num_prompts"):
         text += f": {work['num_prompts']} requests"
     if work.get("mean_input_len"):
@@ -171,7 +171,7 @@ def conditions(record: RunRecord) -> str:
 def notes(records: Sequence[RunRecord]) -> list[str]:
     """What was measured, and whose speeds these are."""
     lines = list(dict.fromkeys(conditions(record) for record in records))
-    if any(record.env.get("gpu") is None for record in records):
+    if any(record.env.get("gpu") is None and not record.is_remote for record in records):
         lines.append(REFERENCE_NOTE)
     return lines + list(dict.fromkeys(record.note for record in records if record.note))
 

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from kvq_core.bench.load import Load, LoadResult, Progress, run_load
-from kvq_core.bench.metrics import summarize
+from kvq_core.bench.metrics import percentile, summarize
 from kvq_core.bench.record import RunRecord
 from kvq_core.bench.target import BenchRequest, Target
 from kvq_core.bench.workload import Workload
 from kvq_core.errors import KvqError
+
+MAX_LAG_MS = 2.0
+"""A load generator whose sends are later than this at p99 measures itself."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ def measure(
     metrics |= {"unfinished": result.unfinished, "unsent": result.unsent}
     if load.request_rate is not None:
         metrics["achieved_request_rate"] = result.request_rate
+    generator_bound = False
+    if not info.in_process:
+        lag = percentile(sorted(trace.lag * 1e3 for trace in result.traces), 99)
+        metrics["p99_lag_ms"] = lag
+        generator_bound = lag is not None and lag > MAX_LAG_MS
     record = RunRecord(
         label=label or info.policy.get("label") or info.policy.get("name", "?"),
         complete=result.complete,
@@ -62,6 +70,7 @@ def measure(
         metrics=metrics,
         errors=_errors(result),
         note=note,
+        generator_bound=generator_bound,
     )
     return Measurement(record, [trace.row(result.start) for trace in result.traces], result)
 

@@ -23,6 +23,8 @@ class RequestTrace:
     """Seconds that sending was late through the load generator alone, waiting for room not included."""
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     """(time, number of tokens) of every event that carried tokens."""
+    counted: int | None = None
+    """Tokens of the answer as the target counted them, where arrivals are chunks of a stream."""
     ended: float | None = None
     """None: still running when the run was interrupted."""
     error: str | None = None
@@ -31,7 +33,7 @@ class RequestTrace:
 
     @property
     def tokens(self) -> int:
-        return sum(count for _, count in self.arrivals)
+        return sum(count for _, count in self.arrivals) if self.counted is None else self.counted
 
     @property
     def status(self) -> str:
