@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kvq_core.bench.load import Load
     from kvq_core.bench.record import RunRecord
     from kvq_core.bench.report import Cell, Table
+    from kvq_core.bench.run import Measurement
+    from kvq_core.bench.target import Target
     from kvq_core.bench.workload import Workload
     from kvq_core.models import LoadedModel
 
@@ -175,7 +177,6 @@ def _measure(
     """Measure one policy and add its record; returns the config with the KV memory that it got."""
     from kvq_core.bench.engine_target import EngineTarget
     from kvq_core.bench.env import collect_env
-    from kvq_core.bench.run import measure
     from kvq_core.engine.engine import Engine
 
     name = config.resolved_policy().label + (f", run {repeat}" if repeat else "")
@@ -184,22 +185,8 @@ def _measure(
     try:
         memory = engine.config.kv_memory
         console.say(f"{name}: KV cache of {format_size(memory or 0)}")
-        total = len(workload.warmup) + len(workload.requests)
-        with console.progress(
-            f"{name}: warm-up, then {len(workload.requests)} requests", total=total
-        ) as update:
-            measurement = measure(
-                EngineTarget(engine),
-                workload,
-                load,
-                env=collect_env(seed=config.seed, device=str(model.device)),
-                limits=limits,
-                label=label,
-                on_warmup=lambda ended, _: update(done=ended),
-                progress=lambda ended, _: update(
-                    done=len(workload.warmup) + ended, label=f"{name}: measuring"
-                ),
-            )
+        env = collect_env(seed=config.seed, device=str(model.device))
+        measurement = replay(EngineTarget(engine), workload, load, limits, name, env=env, label=label)
     finally:
         engine.close()
     session.interrupted |= measurement.load.interrupted
@@ -207,6 +194,33 @@ def _measure(
     if measurement.load.error:
         raise measurement.load.error
     return config.replace(kv_memory=memory)
+
+
+def replay(
+    target: "Target",
+    workload: "Workload",
+    load: "Load",
+    limits: dict[str, float],
+    name: str,
+    *,
+    env: dict[str, Any],
+    label: str | None,
+) -> "Measurement":
+    """Measure a target, with a bar that shows how far it is."""
+    from kvq_core.bench.run import measure
+
+    warmup, requests = len(workload.warmup), len(workload.requests)
+    with console.progress(f"{name}: warm-up, then {requests} requests", total=warmup + requests) as update:
+        return measure(
+            target,
+            workload,
+            load,
+            env=env,
+            limits=limits,
+            label=label,
+            on_warmup=lambda ended, _: update(done=ended),
+            progress=lambda ended, _: update(done=warmup + ended, label=f"{name}: measuring"),
+        )
 
 
 def emit_tables(tables: "Sequence[Table]", notes: Sequence[str], warnings: Sequence[str]) -> None:

@@ -120,9 +120,10 @@ class Comparison:
         )
 
     def _late(self, i: int) -> str:
+        lag = self.records[i].get("p99_lag_ms")
         return (
-            f"{self.names[i]}: the load generator itself was late, by {self.records[i].get('p99_lag_ms'):.1f} ms "
-            "at p99, and its delays are part of the latencies; a lower rate, or a faster client"
+            f"{self.names[i]}: the load generator itself was late, by {lag:.1f} ms at p99, and its delays "
+            "are part of the latencies; a lower rate, or a faster client"
         )
 
     def _left_out(self, i: int) -> list[str]:
