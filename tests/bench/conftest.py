@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kvq_cli import console
+from kvq_cli.app import main
 from kvq_core.bench.metrics import summarize
 from kvq_core.bench.record import RunRecord
 from kvq_core.bench.target import BenchRequest, Event, TargetInfo
@@ -189,3 +191,19 @@ def write_json(tmp_path: Path) -> Callable[[str, Any], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def kvq(capsys):
+    """`kvq("compare", ...)` -> (exit code, stdout, stderr)."""
+
+    def run(*args: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        console.out.cache_clear()
+        console.err.cache_clear()
+        with pytest.raises(SystemExit) as done:
+            main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return done.value.code, captured.out, captured.err
+
+    return run

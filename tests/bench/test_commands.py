@@ -133,22 +133,6 @@ def fakes(monkeypatch, bench):
     return fakes
 
 
-@pytest.fixture
-def kvq(capsys):
-    """`kvq("compare", ...)` -> (exit code, stdout, stderr)."""
-
-    def run(*args: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        console.out.cache_clear()
-        console.err.cache_clear()
-        with pytest.raises(SystemExit) as done:
-            main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return done.value.code, captured.out, captured.err
-
-    return run
-
-
 SMALL = ("--concurrency", 2, "--num-prompts", 3)
 
 
