@@ -68,6 +68,24 @@ def compare(
             rich_help_panel=CHECK_PANEL,
         ),
     ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="Recommend the quickest policy whose KL divergence, by --quality, is at most this, and say "
+            "from which load on the others pay.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
+    quality: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="What `kvq eval --output` wrote: the quality that --max-kl limits. May be repeated.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
     model: Model = DEFAULT_MODEL,
     output: OutputFile = None,
     json: Json = False,
@@ -92,6 +110,14 @@ def compare(
             "`kvq compare` takes files of records, or --policies to measure" + ", not both" * bool(files),
             "`kvq compare --policies 0,8,4,42`, or `kvq compare A.json B.json`",
         )
+    if (max_kl is None) != (not quality):
+        raise UsageError(
+            "--max-kl and --quality go together",
+            "`kvq eval --policies … --output quality.json`, then `--quality quality.json --max-kl 0.02`",
+        )
+    from kvq_core.bench.advice import advise, quality_warnings, read_quality
+
+    measured_quality = read_quality(quality) if quality else None
     if files:
         session = _read(files, output)
     else:
@@ -106,15 +132,21 @@ def compare(
     from kvq_core.bench.compare import compare_records
 
     comparison = compare_records(session.records, baseline)
-    warnings = comparison.warnings()
+    warnings, advice = comparison.warnings(), list[str]()
+    if measured_quality is not None and max_kl is not None:
+        advice = advise(comparison, measured_quality, max_kl)
+        warnings += quality_warnings(comparison, measured_quality)
     if json:
         console.emit_json(session.documents(comparison.documents()))
     elif markdown:
-        console.emit(report.markdown(comparison))
+        console.emit(report.markdown(comparison, advice))
     elif csv:
         console.emit(report.csv(comparison))
     else:
-        emit_tables(report.comparison_tables(comparison), report.comparison_notes(comparison), [])
+        emit_tables(report.comparison_tables(comparison), [*report.comparison_notes(comparison), *advice], [])
+    if json or csv:
+        for line in advice:
+            console.say(line)
     for warning in warnings:
         console.warn(warning)
     session.save(comparison.documents())
@@ -166,6 +198,7 @@ kvq compare --policies 0,8,4,42
 kvq compare --policies 0,42 --model Qwen/Qwen3-8B --concurrency 128 --kv-memory 16GiB --output runs.json
 kvq compare --policies 0,42 --repeats 5
 kvq compare runs.json other.json --baseline none --markdown
+kvq compare --policies 0,8,4,42 --quality quality.json --max-kl 0.02
 kvq compare before.json after.json --fail-on-regression 5%
 
 {DEFINITIONS_HELP}

@@ -223,8 +223,8 @@ def run_tables(record: RunRecord) -> list[Table]:
     ]
 
 
-def markdown(comparison: Comparison) -> str:
-    """One Markdown table, a row a record, and the notes and warnings under it."""
+def markdown(comparison: Comparison, advice: Sequence[str] = ()) -> str:
+    """One Markdown table, a row a record, and the notes, advice and warnings under it."""
     speed, memory = comparison_tables(comparison)
     columns = [
         heading.replace("pre-\n", "pre").replace("\n", " ") for heading in speed.columns + memory.columns[1:]
@@ -232,7 +232,7 @@ def markdown(comparison: Comparison) -> str:
     rows = [left + right[1:] for left, right in zip(speed.rows, memory.rows, strict=True)]
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *([str(cell) for cell in row] for row in rows)]
     text = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
-    remarks = [f"- {note}" for note in comparison_notes(comparison)]
+    remarks = [f"- {note}" for note in [*comparison_notes(comparison), *advice]]
     remarks += [f"- **warning**: {warning}" for warning in comparison.warnings()]
     return "\n".join([*text, "", *remarks])
 
