@@ -1,6 +1,8 @@
 """The HTTP target against a small server on 127.0.0.1: what it sends, counts, times, and how it fails."""
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -251,6 +253,16 @@ def test_a_cancelled_request_hangs_up(bench, server):
     for trace in result.traces:
         assert trace.tokens == planned.get(trace.index, 200)
     assert len(server.hung_up) == 2
+
+
+def test_ctrl_c_keeps_what_was_measured(bench, server):
+    server.script = lambda body: completion(4, gap=0.05)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    result = replay(server, bench.requests(100, output_len=4))
+    timer.join()
+    done = sum(trace.succeeded for trace in result.traces)
+    assert result.interrupted and 0 < done < 20 and result.unfinished == 100 - done
 
 
 def test_an_open_loop_is_sent_on_time(bench, server):
