@@ -18,8 +18,11 @@ from kvq_core.policies import Policy
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from kvq_core.bench.load import Load
     from kvq_core.bench.record import RunRecord
     from kvq_core.bench.report import Cell, Table
+    from kvq_core.bench.run import Measurement
+    from kvq_core.bench.target import Target
     from kvq_core.bench.workload import Workload
     from kvq_core.models import LoadedModel
 
@@ -86,9 +89,12 @@ def measure_policies(
     output: Path | None,
     *,
     label: str | None = None,
+    repeats: int = 1,
     as_list: bool,
 ) -> Session:
     """Load the model once and replay the same requests under each policy, with the same KV memory.
+
+    With `repeats` policies take turns (A B C A B C), so that what changes with time meets all of them.
 
     Ctrl-C and a policy that fails end up in the session; what is wrong with the input is raised at once.
     """
@@ -117,18 +123,24 @@ def measure_policies(
         vocab_size=model.geometry.vocab_size,
         max_len=config.max_model_len or model.geometry.max_model_len,
     )
-    config = config.replace(max_num_seqs=plan.max_num_seqs or min(plan.concurrency, spec.num_prompts))
+    load = replace(plan.load, seed=config.seed)
+    seqs = plan.max_num_seqs or min(load.concurrency or config.max_num_seqs, spec.num_prompts)
+    config = config.replace(max_num_seqs=seqs)
     session = Session(output, as_list)
-    for policy in policies:
+    runs = [(repeat, policy) for repeat in range(1, repeats + 1) for policy in policies]
+    given_up: set[Policy] = set()
+    for repeat, policy in runs:
+        if policy in given_up:
+            continue
+        own, number = config.replace(policy=policy), repeat if repeats > 1 else None
         try:
-            config = _measure(
-                model, config.replace(policy=policy), workload, plan.concurrency, label, session
-            )
+            config = _measure(model, own, workload, load, plan.limits, label, number, session)
         except KeyboardInterrupt:
             session.interrupted = True
         except KvqError as error:
             session.error = error
-            if policy is not policies[-1]:
+            given_up.add(policy)
+            if (repeat, policy) != runs[-1]:
                 console.warn(f"{policy.label} was not measured: {error.message}")
         except Exception as error:  # a fault: the device may be in any state, and other policies share it
             session.error = error
@@ -156,44 +168,59 @@ def _measure(
     model: "LoadedModel",
     config: EngineConfig,
     workload: "Workload",
-    concurrency: int,
+    load: "Load",
+    limits: dict[str, float],
     label: str | None,
+    repeat: int | None,
     session: Session,
 ) -> EngineConfig:
     """Measure one policy and add its record; returns the config with the KV memory that it got."""
     from kvq_core.bench.engine_target import EngineTarget
     from kvq_core.bench.env import collect_env
-    from kvq_core.bench.run import measure
     from kvq_core.engine.engine import Engine
 
-    name = config.resolved_policy().label
+    name = config.resolved_policy().label + (f", run {repeat}" if repeat else "")
     with console.progress(f"{name}: starting the engine") as update:
         engine = Engine(model, config, lambda done, total: update(done=done, total=total))
     try:
         memory = engine.config.kv_memory
         console.say(f"{name}: KV cache of {format_size(memory or 0)}")
-        total = len(workload.warmup) + len(workload.requests)
-        with console.progress(
-            f"{name}: warm-up, then {len(workload.requests)} requests", total=total
-        ) as update:
-            measurement = measure(
-                EngineTarget(engine),
-                workload,
-                concurrency,
-                env=collect_env(seed=config.seed, device=str(model.device)),
-                label=label,
-                on_warmup=lambda ended, _: update(done=ended),
-                progress=lambda ended, _: update(
-                    done=len(workload.warmup) + ended, label=f"{name}: measuring"
-                ),
-            )
+        env = collect_env(seed=config.seed, device=str(model.device))
+        measurement = replay(EngineTarget(engine), workload, load, limits, name, env=env, label=label)
     finally:
         engine.close()
     session.interrupted |= measurement.load.interrupted
-    session.add(measurement.record, measurement.rows)
+    session.add(replace(measurement.record, repeat=repeat), measurement.rows)
     if measurement.load.error:
         raise measurement.load.error
     return config.replace(kv_memory=memory)
+
+
+def replay(
+    target: "Target",
+    workload: "Workload",
+    load: "Load",
+    limits: dict[str, float],
+    name: str,
+    *,
+    env: dict[str, Any],
+    label: str | None,
+) -> "Measurement":
+    """Measure a target, with a bar that shows how far it is."""
+    from kvq_core.bench.run import measure
+
+    warmup, requests = len(workload.warmup), len(workload.requests)
+    with console.progress(f"{name}: warm-up, then {requests} requests", total=warmup + requests) as update:
+        return measure(
+            target,
+            workload,
+            load,
+            env=env,
+            limits=limits,
+            label=label,
+            on_warmup=lambda ended, _: update(done=ended),
+            progress=lambda ended, _: update(done=warmup + ended, label=f"{name}: measuring"),
+        )
 
 
 def emit_tables(tables: "Sequence[Table]", notes: Sequence[str], warnings: Sequence[str]) -> None:

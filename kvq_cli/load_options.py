@@ -1,7 +1,9 @@
 """The flags of the load that a benchmark puts on an engine, and what they amount to where the model runs."""
 
 import inspect
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Annotated, Any
@@ -10,10 +12,14 @@ import typer
 
 from kvq_cli import console
 from kvq_cli.options import ENGINE_PANEL
+from kvq_core.bench.load import Load
+from kvq_core.bench.metrics import parse_limits
 from kvq_core.bench.workload import NAMES, WorkloadSpec
 from kvq_core.errors import UsageError
 
 LOAD_PANEL = "Load"
+CONCURRENCY = 64
+"""Requests in flight where neither --concurrency nor --request-rate says anything."""
 CPU_OUTPUT_CAP = 64
 """On a CPU, answers are cut to this many tokens unless --max-output-len says otherwise."""
 CPU_WARMUP_INPUT = 32
@@ -21,14 +27,15 @@ CPU_WARMUP_INPUT = 32
 
 
 def _flag(
-    kind: Any, name: str, help: str, *, metavar: str = "N", panel: str = LOAD_PANEL, **more: Any
+    kind: Any, names: str, help: str, *, metavar: str = "N", panel: str = LOAD_PANEL, **more: Any
 ) -> Any:
-    return Annotated[kind, typer.Option(name, help=help, metavar=metavar, rich_help_panel=panel, **more)]
+    flags = names.split()
+    return Annotated[kind, typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=panel, **more)]
 
 
-def _count(name: str, help: str, default: str, panel: str = LOAD_PANEL) -> Any:
+def _count(names: str, help: str, default: str, panel: str = LOAD_PANEL) -> Any:
     """A positive number that is chosen for the user; `default` says how."""
-    return _flag(int | None, name, help, min=1, show_default=default, panel=panel)
+    return _flag(int | None, names, help, min=1, show_default=default, panel=panel)
 
 
 def _complete_name(incomplete: str) -> list[str]:
@@ -36,20 +43,76 @@ def _complete_name(incomplete: str) -> list[str]:
 
 
 Concurrency = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--concurrency",
         "-c",
         min=1,
         metavar="N",
-        help="Requests in flight: the next one is sent as soon as one ends.",
+        help="Requests in flight: the next one is sent as soon as one ends. With --request-rate, the most "
+        "that are in flight; what is due beyond them waits, and the wait counts.",
+        show_default=f"{CONCURRENCY}; with --request-rate, no limit",
         rich_help_panel=LOAD_PANEL,
     ),
 ]
 LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
-    "concurrency": (Concurrency, 64),
+    "concurrency": (Concurrency, None),
+    "request_rate": (
+        _flag(
+            float | None,
+            "--request-rate",
+            "Requests per second, whether earlier ones have ended or not; latencies count from when a "
+            "request is due. `inf` is a closed loop, as is leaving it out.",
+            metavar="R",
+            show_default="a closed loop",
+        ),
+        None,
+    ),
+    "burstiness": (
+        _flag(
+            float,
+            "--burstiness",
+            "Intervals between arrivals follow a gamma distribution of this shape: 1 is a Poisson process, "
+            "less comes in bursts, more is steadier.",
+            metavar="B",
+        ),
+        1.0,
+    ),
+    "goodput": (
+        _flag(
+            list[str] | None,
+            "--goodput",
+            "Count requests that meet all of these limits, in milliseconds: ttft:500 tpot:50 e2el:20000.",
+            metavar="LIMIT...",
+        ),
+        None,
+    ),
+    "duration": (
+        _flag(
+            float | None,
+            "--duration",
+            "Send nothing more after this many seconds, and wait for what is in flight.",
+            metavar="SECONDS",
+            show_default="until all are sent",
+        ),
+        None,
+    ),
+    "cancel_rate": (
+        _flag(
+            float,
+            "--cancel-rate",
+            "Cancel this share of the requests in the middle of their answers, as users do; which, and after "
+            "how many tokens, follows from --seed.",
+            metavar="SHARE",
+        ),
+        0.0,
+    ),
     "num_prompts": (
-        _count("--num-prompts", "Requests to measure.", "2 x concurrency; on a CPU, concurrency"),
+        _count(
+            "--num-prompts",
+            "Requests to measure.",
+            "2 x concurrency, on a CPU concurrency; rate x duration where both are given",
+        ),
         None,
     ),
     "max_output_len": (
@@ -58,7 +121,7 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
     ),
     "warmup": (
         _count(
-            "--warmup",
+            "--num-warmups --warmup",
             "Requests before the measured ones, stopped after 8 tokens; at least as many as are in flight, "
             "so that nothing is measured the first time that it runs.",
             "as many as are in flight",
@@ -110,7 +173,12 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
         0.5,
     ),
     "max_num_seqs": (
-        _count("--max-num-seqs", "Most requests that run at the same time.", "concurrency", ENGINE_PANEL),
+        _count(
+            "--max-num-seqs",
+            "Most requests that run at the same time.",
+            "concurrency, where it is limited",
+            ENGINE_PANEL,
+        ),
         None,
     ),
 }
@@ -122,7 +190,9 @@ class LoadPlan:
     """What to replay and how; None is resolved once it is known where the model runs."""
 
     spec: WorkloadSpec
-    concurrency: int
+    load: Load
+    limits: dict[str, float]
+    """Of the goodput: milliseconds by latency."""
     num_prompts: int | None
     max_output_len: int | None
     warmup: int | None
@@ -130,18 +200,20 @@ class LoadPlan:
 
     def resolve(self, on_cpu: bool) -> WorkloadSpec:
         """Sizes for where the model runs; says so where they are smaller than elsewhere."""
-        num_prompts = self.num_prompts or self.concurrency * (1 if on_cpu else 2)
+        concurrency = self.load.concurrency or CONCURRENCY
+        arriving = math.ceil((self.load.request_rate or 0) * (self.load.duration or 0))
+        num_prompts = self.num_prompts or arriving or concurrency * (1 if on_cpu else 2)
         max_output_len = self.max_output_len or (CPU_OUTPUT_CAP if on_cpu else None)
         if on_cpu and None in (self.num_prompts, self.max_output_len):
             console.say(
                 f"on a CPU: {num_prompts} requests, answers cut to {max_output_len} tokens"
                 " (--num-prompts, --max-output-len)"
             )
-        in_flight = min(self.concurrency, num_prompts)
+        in_flight = min(concurrency, num_prompts)
         warmup = self.warmup or in_flight
         if warmup < in_flight:
             raise UsageError(
-                f"--warmup {warmup} is less than the {in_flight} requests in flight",
+                f"--num-warmups {warmup} is less than the {in_flight} requests in flight",
                 "leave it out, or warm up with at least as many: what runs first is slower",
             )
         return replace(
@@ -151,6 +223,16 @@ class LoadPlan:
             max_output_len=max_output_len,
             warmup_input_len=CPU_WARMUP_INPUT if on_cpu else None,
         )
+
+
+def spread_goodput(args: Sequence[str]) -> list[str]:
+    """`--goodput ttft:500 tpot:50`, as `vllm bench serve` takes it, with the flag before every limit."""
+    spread: list[str] = []
+    for arg in args:
+        if spread[-2:-1] == ["--goodput"] and re.fullmatch(r"\w+:\d*\.?\d+", arg):
+            spread.append("--goodput")
+        spread.append(arg)
+    return spread
 
 
 def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,7 +254,15 @@ def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plan(values: dict[str, Any]) -> LoadPlan:
-    own = ("concurrency", "num_prompts", "max_output_len", "warmup", "max_num_seqs")
+    own = ("num_prompts", "max_output_len", "warmup", "max_num_seqs")
+    rate = None if values["request_rate"] == math.inf else values["request_rate"]
+    load = Load(
+        concurrency=values["concurrency"] or (CONCURRENCY if rate is None else None),
+        request_rate=rate,
+        burstiness=values["burstiness"],
+        duration=values["duration"],
+        cancel_rate=values["cancel_rate"],
+    )
     spec = WorkloadSpec(
         name=values["dataset_name"],
         path=values["dataset_path"],
@@ -180,4 +270,4 @@ def _plan(values: dict[str, Any]) -> LoadPlan:
         output_len=values["output_len"],
         range_ratio=values["range_ratio"],
     )
-    return LoadPlan(spec, **{name: values[name] for name in own})
+    return LoadPlan(spec, load, parse_limits(values["goodput"] or ()), **{name: values[name] for name in own})

@@ -27,6 +27,7 @@ MODEL_PANEL = "Model"
 CACHE_PANEL = "KV cache"
 ENGINE_PANEL = "Engine"
 SAMPLING_PANEL = "Sampling"
+CHECK_PANEL = "Checks"
 OUTPUT_PANEL = "Output"
 
 UNITS = {"": 1, "b": 1} | {
@@ -67,6 +68,19 @@ def format_size(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1024
     return f"{size:.2f} TiB"
+
+
+def parse_fraction(text: str | float) -> float:
+    """0.01 from `0.01` or `1%`."""
+    if isinstance(text, float):
+        return text
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise UsageError(f"`{text}` is not a share", "a number as `0.01`, or `1%`")
+    return value
 
 
 def parse_dtype(text: str) -> str:

@@ -6,9 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvq_cli import console
-from kvq_cli.options import DEFAULT_MODEL, Json, Model, OutputFile, Policies, engine_options
+from kvq_cli.options import (
+    CHECK_PANEL,
+    DEFAULT_MODEL,
+    Json,
+    Model,
+    OutputFile,
+    Policies,
+    engine_options,
+    parse_fraction,
+)
 from kvq_core.config import EngineConfig
-from kvq_core.errors import CheckFailed, UsageError
+from kvq_core.errors import CheckFailed
 from kvq_core.policies import parse_policies
 
 if TYPE_CHECKING:
@@ -17,26 +26,13 @@ if TYPE_CHECKING:
     from kvq_core.quality.perplexity import Result, Row
     from kvq_core.quality.text import Windows
 
-TEXT_PANEL, CHECK_PANEL = "Text", "Checks"
+TEXT_PANEL = "Text"
 CPU_LIMIT, GPU_LIMIT = 4, 32
 """Windows without `--limit`."""
 NOT_HERE = (
     "policy", "kv_memory", "gpu_memory_utilization", "page_size", "load_format", "max_num_seqs",
     "prefill_chunk", "max_model_len", "enforce_eager",
 )  # fmt: skip
-
-
-def parse_fraction(text: str | float) -> float:
-    """0.01 from `0.01` or `1%`."""
-    if isinstance(text, float):
-        return text
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise UsageError(f"`{text}` is not a share", "a number as `0.01`, or `1%`")
-    return value
 
 
 @engine_options(without=NOT_HERE)

@@ -8,7 +8,9 @@ from kvq_cli import console
 from kvq_cli.benchmark import DEFINITIONS_HELP, emit_tables, measure_policies
 from kvq_cli.load_options import LoadPlan, load_options
 from kvq_cli.options import DEFAULT_MODEL, OUTPUT_PANEL, Json, Model, OutputFile, engine_options
+from kvq_cli.remote import KEY_VARIABLE, Api, ApiKeyEnv, BaseUrl, ServedModel, find_server, measure_server
 from kvq_core.config import EngineConfig
+from kvq_core.errors import UsageError
 
 
 @engine_options(without=("max_num_seqs",))
@@ -24,14 +26,24 @@ def profile_throughput(
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,
+    base_url: BaseUrl = None,
+    api: Api = "completions",
+    served_model: ServedModel = None,
+    api_key_env: ApiKeyEnv = KEY_VARIABLE,
     output: OutputFile = None,
     json: Json = False,
     *,
     plan: LoadPlan,
     config: EngineConfig,
 ) -> None:
-    policy = config.resolved_policy()
-    session = measure_policies(model, config, [policy], plan, output, label=label, as_list=False)
+    if base_url is None:
+        if served_model is not None:
+            raise UsageError("--served-model needs --base-url", "--model names the model that is run here")
+        policy = config.resolved_policy()
+        session = measure_policies(model, config, [policy], plan, output, label=label, as_list=False)
+    else:
+        server = find_server(base_url, api, served_model, api_key_env)
+        session = measure_server(server, model, config, plan, output, label)
     documents = [record.to_dict() for record in session.records]
     if json:
         console.emit_json(session.documents(documents))
@@ -54,6 +66,7 @@ With nothing else given, the demo model answers the conversations that ship with
 kvq profile-throughput --policy 42 --concurrency 64
 kvq profile-throughput --model Qwen/Qwen3-8B --policy 42 --dataset-path hub --num-prompts 1000
 kvq profile-throughput --model qwen3-30b-a3b --load-format dummy --dataset-name fixed --input-len 8192
+kvq profile-throughput --base-url http://127.0.0.1:8000 --model Qwen/Qwen3-8B --request-rate 4
 
 {DEFINITIONS_HELP}
 """

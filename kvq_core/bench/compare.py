@@ -1,5 +1,6 @@
 """Records side by side: which is the baseline of which, relative changes, and what makes them unlike."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,14 +8,20 @@ from functools import cached_property
 from typing import Any
 
 from kvq_core.bench.record import RunRecord
+from kvq_core.bench.repeats import average, group_repeats, usable
 from kvq_core.errors import KvqError
 
 CHANGES = (
-    "request_throughput", "input_throughput", "output_throughput", "mean_e2el_ms", "mean_ttft_ms",
-    "mean_tpot_ms", "mean_itl_ms",
+    "request_throughput", "request_goodput", "input_throughput", "output_throughput",
+    "mean_e2el_ms", "mean_ttft_ms", "mean_tpot_ms", "mean_itl_ms",
 )  # fmt: skip
 """Figures that are put in relation to the baseline's; memory is put in relation to a 16-bit cache."""
-_WORK = ("name", "dataset", "sha256", "num_prompts", "output_len_cap")
+GUARDED = {"output_throughput": "output throughput", "mean_ttft_ms": "mean TTFT", "mean_tpot_ms": "mean TPOT"}
+"""Figures that must not get worse, and their names."""
+_WORK = (
+    "name", "dataset", "sha256", "num_prompts", "output_len_cap", "request_rate", "burstiness", "goodput",
+    "duration_limit_s", "cancel_rate",
+)  # fmt: skip
 _REQUESTS = "workload's requests (SHA-256)"
 _ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs")
 
@@ -24,7 +31,12 @@ class Comparison:
     """Records, and for each the one that it is measured against (the baseline's against itself)."""
 
     records: Sequence[RunRecord]
+    """Repeats of a run are one record, of their means."""
     baselines: Sequence[RunRecord]
+    runs: Sequence[Sequence[RunRecord]]
+    """For each record what was measured: itself, or its repeats."""
+    measured: Sequence[RunRecord]
+    """All of `runs`, in the order that they were given in."""
 
     @cached_property
     def names(self) -> list[str]:
@@ -44,23 +56,47 @@ class Comparison:
 
     def change(self, i: int, key: str) -> float | None:
         """Record i's figure by its baseline's; None where either is missing or zero."""
-        mine, base = self.records[i].get(key), self.baselines[i].get(key)
-        return mine / base if mine and base else None
+        return _change(self.records[i], self.baselines[i], key)
+
+    def noise(self, i: int, key: str) -> float:
+        """How far record i's change may be chance, as a share of the baseline's figure; 0 without repeats."""
+        mine, base = self.records[i], self.baselines[i]
+        halves = mine.intervals.get(key, 0.0), base.intervals.get(key, 0.0)
+        return math.hypot(*halves) / (base.get(key) or math.inf)
 
     def documents(self) -> list[dict[str, Any]]:
-        """The records as JSON objects, each with its changes: 0.05 is 5% more than the baseline."""
+        """Every run as a JSON object, each with its changes: 0.05 is 5% more than the baseline."""
+        row_of = {id(run): i for i, runs in enumerate(self.runs) for run in runs}
         documents = []
-        for i, record in enumerate(self.records):
-            changes = {key: self.change(i, key) for key in CHANGES}
+        for run in self.measured:
+            base = self.baselines[row_of[id(run)]]
+            changes = {key: _change(run, base, key) for key in CHANGES}
             relative = {key: value - 1 for key, value in changes.items() if value is not None}
-            name = self.names[self._index(self.baselines[i])]
-            documents.append(record.to_dict() | {"vs_baseline": {"baseline": name, **relative}})
+            name = self.names[self._index(base)]
+            documents.append(run.to_dict() | {"vs_baseline": {"baseline": name, **relative}})
         return documents
+
+    def regressions(self, share: float) -> list[str]:
+        """What is worse than the baseline's by more than `share` (0.05 is 5%), or was not measured at all."""
+        found = []
+        for i, (record, base) in enumerate(zip(self.records, self.baselines, strict=True)):
+            for key, what in GUARDED.items():
+                change = self.change(i, key)
+                if change is None and base.get(key) and not record.get(key):
+                    found.append(f"{self.names[i]}: {what} was not measured")
+                elif (
+                    change is not None and (1 - change if key == "output_throughput" else change - 1) > share
+                ):
+                    found.append(f"{self.names[i]}: {what} {change - 1:+.1%}")
+        return found
 
     def warnings(self) -> list[str]:
         """What a reader must know before trusting the comparison."""
         found = [self._incomplete(i) for i, record in enumerate(self.records) if not record.complete]
         found += [self._failed(i) for i, record in enumerate(self.records) if record.metrics.get("failed")]
+        found += [warning for i in range(len(self.records)) for warning in self._left_out(i)]
+        found += [self._late(i) for i, record in enumerate(self.records) if record.generator_bound]
+        found += [self._ran_out(i) for i, record in enumerate(self.records) if _ran_out(record)]
         return found + [
             f"records differ in {what}: " + ", ".join(f"{value} ({names})" for value, names in values.items())
             for what, values in self._differences()
@@ -81,6 +117,25 @@ class Comparison:
         return (
             f"{self.names[i]}: {record.metrics['failed']:.0f} requests failed and are left out of the figures"
             + (f" ({error})" if error else "")
+        )
+
+    def _late(self, i: int) -> str:
+        lag = self.records[i].get("p99_lag_ms")
+        return (
+            f"{self.names[i]}: the load generator itself was late, by {lag:.1f} ms at p99, and its delays "
+            "are part of the latencies; a lower rate, or a faster client"
+        )
+
+    def _left_out(self, i: int) -> list[str]:
+        runs = self.runs[i]
+        count = len(runs) - len(usable(runs))
+        return [f"{self.names[i]}: {count} of {len(runs)} runs are incomplete and left out"] * (count > 0)
+
+    def _ran_out(self, i: int) -> str:
+        work = self.records[i].workload
+        return (
+            f"{self.names[i]}: all {work['num_prompts']} requests were sent before the "
+            f"{work['duration_limit_s']:g} s of --duration were over; --num-prompts gives it more"
         )
 
     def _differences(self) -> Iterable[tuple[str, dict[str, str]]]:
@@ -109,13 +164,20 @@ def compare_records(records: Sequence[RunRecord], baseline: str | None = None) -
     Raises `KvqError` where no record is the baseline.
     """
     assert records
+    measured, runs = records, group_repeats(records)
+    records = [average(group) for group in runs]
     first = records[0] if baseline is None else _find(records, baseline)
     alike = [record for record in records if record.label == first.label and record.policy == first.policy]
     baselines = []
     for record in records:
         same = [other for other in alike if other.concurrency == record.concurrency]
         baselines.append(first if first in same or not same else same[0])
-    return Comparison(records, baselines)
+    return Comparison(records, baselines, runs, measured)
+
+
+def _change(record: RunRecord, baseline: RunRecord, key: str) -> float | None:
+    mine, base = record.get(key), baseline.get(key)
+    return mine / base if mine and base else None
 
 
 def _find(records: Sequence[RunRecord], baseline: str) -> RunRecord:
@@ -147,6 +209,13 @@ def _conditions(records: Sequence[RunRecord]) -> list[tuple[str, Callable[[RunRe
         ("seed", lambda r: r.workload.get("seed", r.env.get("seed"))),
         *((f"engine's {name}", _part("engine", name)) for name in engine),
     ]
+
+
+def _ran_out(record: RunRecord) -> bool:
+    """Whether a closed loop that was to last a while had nothing left to send."""
+    work, seconds = record.workload, record.metrics.get("duration") or 0
+    limit = work.get("duration_limit_s")
+    return limit is not None and work.get("loop") == "closed" and record.complete and seconds < limit
 
 
 def _model(record: RunRecord) -> str:

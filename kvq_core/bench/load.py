@@ -1,19 +1,83 @@
-"""The load generator: a closed loop that keeps a set number of requests in flight."""
+"""The load generator: a closed loop that keeps requests in flight, or an open one that sends at a rate."""
 
+import math
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 from kvq_core.bench.target import BenchRequest, Event, Target
 from kvq_core.bench.trace import RequestTrace
-from kvq_core.errors import KvqError
+from kvq_core.errors import KvqError, UsageError
 
 POLL_SECONDS = 0.1
 
 Progress = Callable[[int, int], None]
 """Called with (requests ended, tokens seen) whenever something happened."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How requests are sent: the next one as soon as one ends or, with a rate, each when it is due."""
+
+    concurrency: int | None = None
+    """Most requests in flight; None: no cap, which needs a rate."""
+    request_rate: float | None = None
+    """Requests per second; None: a closed loop."""
+    burstiness: float = 1.0
+    """Shape of the gamma distribution of intervals: 1 is a Poisson process, less is burstier."""
+    duration: float | None = None
+    """Seconds after which nothing more is sent; what is in flight then is answered still."""
+    cancel_rate: float = 0.0
+    """Share of the requests that are cancelled in the middle of their answer."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.request_rate is not None and not 0 < self.request_rate < math.inf:
+            raise UsageError(f"--request-rate must be above 0, got {self.request_rate:g}")
+        if not 0 < self.burstiness < math.inf:
+            raise UsageError(f"--burstiness must be above 0, got {self.burstiness:g}", "1 is Poisson")
+        if self.request_rate is None and self.burstiness != 1:
+            raise UsageError("--burstiness needs --request-rate", "without a rate nothing arrives by itself")
+        if self.duration is not None and not 0 < self.duration < math.inf:
+            raise UsageError(f"--duration must be above 0 seconds, got {self.duration:g}")
+        if not 0 <= self.cancel_rate < 1:
+            raise UsageError(f"--cancel-rate must lie in [0, 1), got {self.cancel_rate:g}")
+        assert self.concurrency or self.request_rate, "a closed loop needs a concurrency"
+
+    def due_times(self, count: int) -> list[float]:
+        """Seconds from the start at which requests are due; -inf in a closed loop, where only room counts.
+
+        Intervals are drawn, then scaled so that the last request is due at count / rate, as
+        `vllm bench serve` does: runs at the same rate carry the same load.
+        """
+        if self.request_rate is None:
+            return [-math.inf] * count
+        generator = random.Random(f"arrivals {self.seed}")
+        times = list(accumulate(generator.gammavariate(self.burstiness, 1.0) for _ in range(count)))
+        return [time * count / self.request_rate / times[-1] for time in times]
+
+    def cancellations(self, requests: Sequence[BenchRequest]) -> dict[int, int]:
+        """Request -> tokens after which it is cancelled: at least one, and fewer than it asks for."""
+        generator = random.Random(f"cancellations {self.seed}")
+        several = [request for request in requests if request.output_len > 1]
+        chosen = generator.sample(several, min(len(several), round(self.cancel_rate * len(requests))))
+        return {request.index: generator.randint(1, request.output_len - 1) for request in chosen}
+
+    def describe(self) -> dict[str, Any]:
+        """What a run record says of it."""
+        description: dict[str, Any] = {"loop": "closed", "concurrency": self.concurrency}
+        if self.request_rate is not None:
+            description |= {"loop": "open", "request_rate": self.request_rate, "burstiness": self.burstiness}
+        if self.duration is not None:
+            description["duration_limit_s"] = self.duration
+        if self.cancel_rate:
+            description["cancel_rate"] = self.cancel_rate
+        return description
 
 
 @dataclass
@@ -25,7 +89,10 @@ class LoadResult:
     end: float = 0.0
     interrupted: bool = False
     error: Exception | None = None
+    unfinished: int = 0
+    """Requests that were not sent, or not answered, because the loop ended early."""
     unsent: int = 0
+    """Requests that were left when the load's duration was over."""
 
     @property
     def complete(self) -> bool:
@@ -33,52 +100,81 @@ class LoadResult:
 
     @property
     def duration(self) -> float:
-        """Seconds from before the first send to the last event."""
+        """Seconds from the start to the last event."""
         return self.end - self.start
 
+    @property
+    def request_rate(self) -> float:
+        """Requests sent per second, from the start to the last send."""
+        seconds = max((trace.sent for trace in self.traces), default=self.start) - self.start
+        return len(self.traces) / seconds if seconds > 0 else 0.0
 
-def run_closed_loop(
+
+def run_load(
     target: Target,
     requests: Sequence[BenchRequest],
-    concurrency: int,
+    load: Load,
     *,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
     stall_timeout: float = 3600.0,
 ) -> LoadResult:
-    """Send `requests` in order, `concurrency` at a time, the next one as soon as one ends.
+    """Send `requests` in order, each when it is due and `load.concurrency` leaves room.
 
     Never raises for what happens during the run: Ctrl-C, a target that breaks and one that says nothing
     for `stall_timeout` seconds end the loop early, and the result keeps what was measured until then.
     A request that the target refuses, that fails, or that ends short of its `output_len` is a failed one.
     """
-    assert concurrency > 0
     assert len({request.index for request in requests}) == len(requests), "indices must differ"
-    waiting = deque(requests)
     traces: dict[int, RequestTrace] = {}
     running: set[int] = set()
     result = LoadResult(start=clock())
     last = result.start
+    waiting = deque(zip(load.due_times(len(requests)), requests, strict=True))
+    free = deque([-math.inf] * min(load.concurrency or len(requests), len(requests)))
+    """For every request that may still be sent: since when."""
+    cancel_after = load.cancellations(requests)
+    stop = result.start + (math.inf if load.duration is None else load.duration)
     ended = tokens = 0
     try:
         while waiting or running:
-            while waiting and len(running) < concurrency:
-                trace = _send(target, waiting.popleft(), traces, clock)
+            if waiting and clock() >= stop:
+                result.unsent = len(waiting)
+                waiting.clear()
+            while waiting and free and result.start + waiting[0][0] <= clock():
+                due, request = waiting.popleft()
+                trace = _trace(request, result.start + due, free.popleft(), clock())
+                traces[trace.index] = trace
+                _send(target, request, trace, clock)
+                last = max(last, trace.sent)
                 if trace.ended is None:
                     running.add(trace.index)
                 else:
                     ended, last = ended + 1, trace.ended
-            if not running:
+                    free.append(trace.ended)
+            if not waiting and not running:
                 break
-            events = [event for event in target.poll(POLL_SECONDS) if event.index in running]
+            until_due = result.start + waiting[0][0] - clock() if waiting and free else math.inf
+            events = [
+                event
+                for event in target.poll(min(max(until_due, 0.0), POLL_SECONDS))
+                if event.index in running
+            ]
             for event in events:
-                _record(traces[event.index], event)
+                trace = traces[event.index]
+                if trace.ended is not None:
+                    continue  # cancelled, and more of it came with the same events
+                _record(trace, event)
                 tokens += event.tokens
                 last = max(last, event.time)
-                if traces[event.index].ended is not None:
+                if trace.ended is None and trace.tokens >= cancel_after.get(trace.index, math.inf):
+                    target.cancel(trace.index)
+                    trace.cancelled, trace.ended = True, event.time
+                if trace.ended is not None:
                     running.discard(event.index)
+                    free.append(event.time)
                     ended += 1
-            if not events and clock() - last > stall_timeout:
+            if not events and running and clock() - last > stall_timeout:
                 raise KvqError(f"nothing happened for {stall_timeout:.0f} s; the target seems to hang")
             if events and progress:
                 progress(ended, tokens)
@@ -88,7 +184,7 @@ def run_closed_loop(
         result.error = error
     result.end = last if result.complete else max(last, clock())
     result.traces = list(traces.values())
-    result.unsent = len(waiting)
+    result.unfinished = len(waiting) + sum(trace.ended is None for trace in result.traces)
     for index in running:
         # A broken target may refuse; what was measured matters more.
         with suppress(Exception):
@@ -96,27 +192,36 @@ def run_closed_loop(
     return result
 
 
-def _send(
-    target: Target,
-    request: BenchRequest,
-    traces: dict[int, RequestTrace],
-    clock: Callable[[], float],
-) -> RequestTrace:
-    trace = RequestTrace(request.index, request.input_len, request.output_len, sent=clock())
-    traces[request.index] = trace
+def _trace(request: BenchRequest, due: float, free: float, now: float) -> RequestTrace:
+    """The trace of a request, sent now, that is due since `due` and has room since `free`."""
+    ready = max(due, free)
+    return RequestTrace(
+        request.index,
+        request.input_len,
+        request.output_len,
+        due=due if due > -math.inf else now,
+        sent=now,
+        lag=now - ready if ready > -math.inf else 0.0,
+    )
+
+
+def _send(target: Target, request: BenchRequest, trace: RequestTrace, clock: Callable[[], float]) -> None:
     try:
         target.send(request)
     except KvqError as error:
         trace.error, trace.ended = error.message, clock()
-    return trace
 
 
 def _record(trace: RequestTrace, event: Event) -> None:
     if event.tokens:
         trace.arrivals.append((event.time, event.tokens))
+    if event.counts is not None:
+        trace.input_len, trace.counted = event.counts
     if event.error is not None:
         trace.error, trace.ended = event.error or "unknown error", event.time
     elif event.finished:
         trace.ended = event.time
         if trace.tokens < trace.output_len:
             trace.error = f"ended after {trace.tokens} of {trace.output_len} tokens"
+        elif not trace.arrivals:
+            trace.error = "ended without a token that could be timed"

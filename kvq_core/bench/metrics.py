@@ -1,31 +1,59 @@
 """The figures of a run, from the traces of its requests. Names are those of `vllm bench serve`."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvq_core.bench.trace import RequestTrace
+from kvq_core.errors import UsageError
 
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
+LIMITED = ("ttft", "tpot", "e2el")
+"""Latencies of a single request, which goodput can limit."""
 
 DEFINITIONS = {
-    "TTFT": "time to first token: from the moment the request is sent, queueing included",
+    "TTFT": "time to first token: from the moment the request is due to be sent, queueing included",
     "TPOT": "time per output token: (last - first) / (n - 1) of each request with n > 1 tokens",
     "ITL": "inter-token latency: every gap between arrivals, all requests together",
-    "E2E": "end to end: from sending to the last token",
-    "throughput": "completed requests, and their input and output tokens, by the seconds from the first "
-    "send to the last event; warm-up excluded",
+    "E2E": "end to end: from the moment the request is due to be sent to the last token",
+    "due": "in an open loop (--request-rate) when it arrives, though --concurrency may make it wait; in a "
+    "closed loop when it is sent, as soon as an earlier one ends",
+    "throughput": "completed requests, and their input and output tokens, by the seconds from the "
+    "start to the last event; warm-up excluded",
+    "goodput": "completed requests that met every limit of --goodput, by the same seconds",
     "failed": "requests that ended in an error or short of the tokens asked for: excluded from latencies "
     "and throughput, always shown",
+    "cancelled": "requests that the client stopped in the middle of their answer, as --cancel-rate asks: "
+    "excluded likewise",
 }
 """What each figure means; printed by `--help`."""
 
 Metrics = dict[str, float | int | None]
 
 
-def summarize(traces: Sequence[RequestTrace], duration: float) -> Metrics:
+def parse_limits(texts: Iterable[str]) -> dict[str, float]:
+    """Milliseconds by latency from `ttft:500 tpot:50`, in one text or several."""
+    limits: dict[str, float] = {}
+    for item in " ".join(texts).replace(",", " ").split():
+        match = re.fullmatch(r"(\w+):(\d*\.?\d+)", item)
+        if not match or match[1] not in LIMITED or float(match[2]) == 0:
+            raise UsageError(
+                f"`{item}` is no limit of --goodput",
+                f"NAME:MILLISECONDS with a name of {', '.join(LIMITED)}, as in `--goodput ttft:500 tpot:50`",
+            )
+        if match[1] in limits:
+            raise UsageError(f"--goodput limits {match[1]} twice")
+        limits[match[1]] = float(match[2])
+    return limits
+
+
+def summarize(
+    traces: Sequence[RequestTrace], duration: float, limits: Mapping[str, float] | None = None
+) -> Metrics:
     """Every figure of a run record for requests measured over `duration` seconds.
 
-    Only requests that succeeded count; a latency that none of them has is None.
+    Only requests that succeeded count; a latency that none of them has is None. With `limits` (milliseconds
+    by latency) there is a goodput.
     """
     good = [trace for trace in traces if trace.succeeded]
     tpots = (trace.tpot for trace in good)
@@ -41,6 +69,7 @@ def summarize(traces: Sequence[RequestTrace], duration: float) -> Metrics:
         "duration": duration,
         "completed": len(good),
         "failed": sum(trace.error is not None for trace in traces),
+        "cancelled": sum(trace.status == "cancelled" for trace in traces),
         "unfinished": sum(trace.ended is None for trace in traces),
         "total_input_tokens": input_tokens,
         "total_output_tokens": output_tokens,
@@ -49,9 +78,16 @@ def summarize(traces: Sequence[RequestTrace], duration: float) -> Metrics:
         "output_throughput": rate(output_tokens, duration),
         "total_token_throughput": rate(input_tokens + output_tokens, duration),
     }
+    if limits:
+        metrics["request_goodput"] = rate(sum(_meets(trace, limits) for trace in good), duration)
     for name in LATENCIES:
         metrics |= distribution(name, samples[name])
     return metrics
+
+
+def _meets(trace: RequestTrace, limits: Mapping[str, float]) -> bool:
+    """A request of a single token has no TPOT, and meets any limit of it."""
+    return all((getattr(trace, name) or 0.0) * 1e3 <= limit for name, limit in limits.items())
 
 
 def rate(count: int, duration: float) -> float:

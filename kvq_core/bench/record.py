@@ -49,6 +49,12 @@ class RunRecord:
     """Message -> number of requests that failed with it."""
     note: str | None = None
     """What a reader must know before using the figures."""
+    generator_bound: bool = False
+    """The load generator sent late, so that latencies contain its own delays."""
+    repeat: int | None = None
+    """Which of several runs of the same thing this is, from 1; None: the only one."""
+    intervals: dict[str, float] = field(default_factory=dict)
+    """For the mean of several runs, figure -> half its 95% interval. No run by itself has any."""
 
     @property
     def name(self) -> str:
@@ -59,6 +65,11 @@ class RunRecord:
     @property
     def concurrency(self) -> int | None:
         return self.workload.get("concurrency")
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server was measured; `env` then tells of the client alone."""
+        return self.engine.get("backend") == "http"
 
     def is_called(self, name: str) -> bool:
         """Whether `name` is the label, or the policy's name or number."""
@@ -83,7 +94,8 @@ class RunRecord:
             **self.metrics,
             "errors": self.errors,
         }
-        return document | ({"note": self.note} if self.note else {})
+        extra = {"note": self.note, "generator_bound": self.generator_bound, "repeat": self.repeat}
+        return document | {key: value for key, value in extra.items() if value}
 
     @classmethod
     def from_dict(cls, document: Any, where: str) -> "RunRecord":
@@ -111,10 +123,12 @@ class RunRecord:
             metrics={
                 key: value
                 for key, value in document.items()
-                if key not in ("schema_version", "complete") and _is_figure(value)
+                if key not in ("schema_version", "repeat") and _is_figure(value)
             },
             errors=document.get("errors", {}),
             note=document.get("note"),
+            generator_bound=bool(document.get("generator_bound")),
+            repeat=document.get("repeat"),
             **{key: document.get(key, {}) for key in PARTS},
         )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kvq_core.bench.compare import CHANGES, Comparison
 from kvq_core.bench.metrics import LATENCIES, PERCENTILES
 from kvq_core.bench.record import RunRecord
+from kvq_core.bench.repeats import usable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,6 +60,7 @@ SPEED = (
     Figure("mean_tpot_ms", "TPOT", "ms", 1.0, False),
     Figure("mean_itl_ms", "ITL", "ms", 1.0, False),
 )
+GOODPUT = Figure("request_goodput", "goodput", "/s")
 MEMORY = ["KV\nB/token", "effective\nbits", "capacity\ntokens", "peak\ntokens", "pre-\nempted", "requests"]
 
 
@@ -74,15 +76,22 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Speed and memory, a row a record, every figure with its change against the baseline."""
+    figures = speed_figures(comparison.records)
     speed, memory = [], []
     for i, record in enumerate(comparison.records):
         name = Cell(comparison.names[i] + ("" if record.complete else " (incomplete)"))
-        speed.append([name, *(_cell(comparison, i, figure) for figure in SPEED)])
+        speed.append([name, *(_cell(comparison, i, figure) for figure in figures)])
         memory.append([name, *_memory_cells(record)])
     return [
-        Table("speed (latencies are means)", ["policy", *map(_heading, SPEED)], speed),
+        Table("speed (latencies are means)", ["policy", *map(_heading, figures)], speed),
         Table("memory (x: against 16 bits a number)", ["policy", *MEMORY], memory),
     ]
+
+
+def speed_figures(records: Sequence[RunRecord]) -> list[Figure]:
+    """The columns of the table of speeds: goodput only where it was asked for."""
+    asked = any(record.get(GOODPUT.key) is not None for record in records)
+    return [SPEED[0], *([GOODPUT] * asked), *SPEED[1:]]
 
 
 def _heading(figure: Figure) -> str:
@@ -91,11 +100,15 @@ def _heading(figure: Figure) -> str:
 
 def _cell(comparison: Comparison, i: int, figure: Figure) -> Cell:
     value = comparison.records[i].get(figure.key)
+    half = comparison.records[i].intervals.get(figure.key)
     text = number(None if value is None else value / figure.divisor)
+    if half is not None:
+        text += f" ±{half / figure.divisor:,.{len(text.partition('.')[2])}f}"
     change = comparison.change(i, figure.key)
     if change is None or comparison.is_baseline(i):
         return Cell(text)
-    better = None if abs(change - 1) < 0.005 else (change > 1) == figure.higher_is_better
+    nothing = max(0.005, comparison.noise(i, figure.key))
+    better = None if abs(change - 1) < nothing else (change > 1) == figure.higher_is_better
     return Cell(text, f"{change - 1:+.1%}", better)
 
 
@@ -116,24 +129,40 @@ def requests_done(record: RunRecord) -> str:
     """`64 ok`, and how many failed or were not finished, if any."""
     metrics = record.metrics
     parts = [f"{metrics.get('completed') or 0:.0f} ok"]
-    parts += [f"{metrics[key]:.0f} {key}" for key in ("failed", "unfinished") if metrics.get(key)]
+    parts += [
+        f"{metrics[key]:.0f} {key}"
+        for key in ("failed", "cancelled", "unfinished", "unsent")
+        if metrics.get(key)
+    ]
     return ", ".join(parts)
 
 
 def conditions(record: RunRecord) -> str:
     """One line: the model, where it ran, and what was replayed."""
     work, model = record.workload, record.model
-    where = record.env.get("gpu") or "CPU"
+    where = record.engine.get("url") if record.is_remote else record.env.get("gpu") or "CPU"
     source = work.get("dataset") or work.get("name")
-    text = f"{model.get('name', '?')} ({model.get('dtype', '?')}, {where}), {source}"
+    text = f"{model.get('name', '?')} ({', '.join(filter(None, [model.get('dtype'), where]))}), {source}"
     if work.get("num_prompts"):
         text += f": {work['num_prompts']} requests"
     if work.get("mean_input_len"):
         text += f" of {work['mean_input_len']:.0f} + {work['mean_output_len']:.0f} tokens on average"
     if work.get("output_len_cap"):
         text += f", answers cut to {work['output_len_cap']}"
+    if work.get("request_rate"):
+        text += f", {number(work['request_rate'])} requests per second asked for"
+        text += f", {number(record.get('achieved_request_rate'))} sent"
+        if work.get("burstiness", 1) != 1:
+            text += f", burstiness {work['burstiness']:g}"
     if record.concurrency:
-        text += f", {record.concurrency} at a time"
+        text += f", {'at most ' * bool(work.get('request_rate'))}{record.concurrency} at a time"
+    if work.get("duration_limit_s"):
+        text += f", none sent after {work['duration_limit_s']:g} s"
+    if work.get("cancel_rate"):
+        text += f", {work['cancel_rate']:.0%} cancelled"
+    if work.get("goodput"):
+        limits = " and ".join(f"{NAMES[name]} ≤ {ms:g} ms" for name, ms in work["goodput"].items())
+        text += f"; goodput: {limits}"
     if (work.get("distinct_prompts") or work.get("num_prompts")) != work.get("num_prompts"):
         text += f"; only {work['distinct_prompts']} different prompts"
     return text
@@ -142,7 +171,7 @@ def conditions(record: RunRecord) -> str:
 def notes(records: Sequence[RunRecord]) -> list[str]:
     """What was measured, and whose speeds these are."""
     lines = list(dict.fromkeys(conditions(record) for record in records))
-    if any(record.env.get("gpu") is None for record in records):
+    if any(record.env.get("gpu") is None and not record.is_remote for record in records):
         lines.append(REFERENCE_NOTE)
     return lines + list(dict.fromkeys(record.note for record in records if record.note))
 
@@ -151,7 +180,14 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     baselines = dict.fromkeys(
         comparison.names[i] for i in range(len(comparison.records)) if comparison.is_baseline(i)
     )
-    return [f"changes are against {', '.join(baselines)}", *notes(comparison.records)]
+    lines = [f"changes are against {', '.join(baselines)}"]
+    counts = {len(usable(runs)) for runs in comparison.runs}
+    if max(counts) > 1:
+        lines.append(
+            f"means of {' to '.join(map(str, sorted({min(counts), max(counts)})))} runs "
+            "± half their 95% interval (Student's t)"
+        )
+    return lines + notes(comparison.records)
 
 
 def run_tables(record: RunRecord) -> list[Table]:
@@ -161,6 +197,11 @@ def run_tables(record: RunRecord) -> list[Table]:
         ("requests", requests_done(record)),
         ("duration", f"{number(metrics.get('duration'))} s"),
         ("requests per second", number(metrics.get("request_throughput"))),
+        *(
+            [("goodput, requests per second", number(metrics["request_goodput"]))]
+            if "request_goodput" in metrics
+            else []
+        ),
         ("input tokens per second", number(metrics.get("input_throughput"))),
         ("output tokens per second", number(metrics.get("output_throughput"))),
         ("total tokens per second", number(metrics.get("total_token_throughput"))),
@@ -182,8 +223,8 @@ def run_tables(record: RunRecord) -> list[Table]:
     ]
 
 
-def markdown(comparison: Comparison) -> str:
-    """One Markdown table, a row a record, and the notes and warnings under it."""
+def markdown(comparison: Comparison, advice: Sequence[str] = ()) -> str:
+    """One Markdown table, a row a record, and the notes, advice and warnings under it."""
     speed, memory = comparison_tables(comparison)
     columns = [
         heading.replace("pre-\n", "pre").replace("\n", " ") for heading in speed.columns + memory.columns[1:]
@@ -191,7 +232,7 @@ def markdown(comparison: Comparison) -> str:
     rows = [left + right[1:] for left, right in zip(speed.rows, memory.rows, strict=True)]
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *([str(cell) for cell in row] for row in rows)]
     text = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
-    remarks = [f"- {note}" for note in comparison_notes(comparison)]
+    remarks = [f"- {note}" for note in [*comparison_notes(comparison), *advice]]
     remarks += [f"- **warning**: {warning}" for warning in comparison.warnings()]
     return "\n".join([*text, "", *remarks])
 
@@ -214,6 +255,8 @@ def frame(comparison: Comparison) -> "DataFrame":
             "concurrency": record.concurrency,
             "seed": record.workload.get("seed"),
             **record.metrics,
+            "runs": len(usable(comparison.runs[i])),
+            **{f"{key}_ci95": half for key, half in record.intervals.items()},
             **{key: value for key, value in record.kv.items() if not isinstance(value, dict | list)},
             "baseline": comparison.names[comparison.records.index(comparison.baselines[i])],
         }

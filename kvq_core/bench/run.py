@@ -2,17 +2,20 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvq_core.bench.load import LoadResult, Progress, run_closed_loop
-from kvq_core.bench.metrics import summarize
+from kvq_core.bench.load import Load, LoadResult, Progress, run_load
+from kvq_core.bench.metrics import percentile, summarize
 from kvq_core.bench.record import RunRecord
 from kvq_core.bench.target import BenchRequest, Target
 from kvq_core.bench.workload import Workload
 from kvq_core.errors import KvqError
+
+MAX_LAG_MS = 2.0
+"""A load generator whose sends are later than this at p99 measures itself."""
 
 
 @dataclass(frozen=True)
@@ -27,56 +30,67 @@ class Measurement:
 def measure(
     target: Target,
     workload: Workload,
-    concurrency: int,
+    load: Load,
     *,
     env: dict[str, Any],
+    limits: Mapping[str, float] | None = None,
     label: str | None = None,
     note: str | None = None,
     clock: Callable[[], float] = time.perf_counter,
     on_warmup: Progress | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Replay `workload` on `target`, `concurrency` requests at a time.
+    """Replay `workload` on `target` under `load`; `limits` are those of the goodput, in milliseconds.
 
     Ctrl-C during warm-up is raised, since nothing was measured yet; later it gives an incomplete record.
     Raises `KvqError` if warm-up fails altogether.
     """
-    _warm_up(target, workload.warmup, concurrency, clock, on_warmup)
+    _warm_up(target, workload.warmup, load, clock, on_warmup)
     target.reset_stats()
-    load = run_closed_loop(target, workload.requests, concurrency, clock=clock, progress=progress)
+    result = run_load(target, workload.requests, load, clock=clock, progress=progress)
     info = target.info()
-    metrics = summarize(load.traces, load.duration)
-    metrics["unfinished"] = int(metrics["unfinished"] or 0) + load.unsent
+    metrics = summarize(result.traces, result.duration, limits)
+    metrics |= {"unfinished": result.unfinished, "unsent": result.unsent}
+    if load.request_rate is not None:
+        metrics["achieved_request_rate"] = result.request_rate
+    generator_bound = False
+    if not info.in_process:
+        lag = percentile(sorted(trace.lag * 1e3 for trace in result.traces), 99)
+        metrics["p99_lag_ms"] = lag
+        generator_bound = lag is not None and lag > MAX_LAG_MS
     record = RunRecord(
         label=label or info.policy.get("label") or info.policy.get("name", "?"),
-        complete=load.complete,
+        complete=result.complete,
         policy=dict(info.policy),
         model=_without_folder(info.model),
         env=env,
         engine=dict(info.engine),
-        workload=workload.describe() | {"loop": "closed", "concurrency": concurrency},
-        kv=_kv_stats(target, load),
+        workload=workload.describe() | load.describe() | ({"goodput": dict(limits)} if limits else {}),
+        kv=_kv_stats(target, result),
         metrics=metrics,
-        errors=_errors(load),
+        errors=_errors(result),
         note=note,
+        generator_bound=generator_bound,
     )
-    return Measurement(record, [trace.row(load.start) for trace in load.traces], load)
+    return Measurement(record, [trace.row(result.start) for trace in result.traces], result)
 
 
 def _warm_up(
     target: Target,
     requests: Sequence[BenchRequest],
-    concurrency: int,
+    load: Load,
     clock: Callable[[], float],
     progress: Progress | None,
 ) -> None:
-    load = run_closed_loop(target, requests, concurrency, clock=clock, progress=progress)
-    if load.interrupted:
+    """A closed loop: as many at a time as the load allows, at most all of them."""
+    closed = Load(concurrency=load.concurrency or max(1, len(requests)))
+    result = run_load(target, requests, closed, clock=clock, progress=progress)
+    if result.interrupted:
         raise KeyboardInterrupt
-    if load.error:
-        raise load.error
-    if load.traces and not any(trace.succeeded for trace in load.traces):
-        raise KvqError(f"all {len(load.traces)} warm-up requests failed: {load.traces[0].error}")
+    if result.error:
+        raise result.error
+    if result.traces and not any(trace.succeeded for trace in result.traces):
+        raise KvqError(f"all {len(result.traces)} warm-up requests failed: {result.traces[0].error}")
 
 
 def _without_folder(model: dict[str, Any]) -> dict[str, Any]:
@@ -85,8 +99,8 @@ def _without_folder(model: dict[str, Any]) -> dict[str, Any]:
     return model | ({"name": Path(name).name} if os.path.isabs(name) else {})
 
 
-def _kv_stats(target: Target, load: LoadResult) -> dict[str, Any]:
-    if load.error is None:
+def _kv_stats(target: Target, result: LoadResult) -> dict[str, Any]:
+    if result.error is None:
         return target.kv_stats()
     try:
         return target.kv_stats()
@@ -94,10 +108,10 @@ def _kv_stats(target: Target, load: LoadResult) -> dict[str, Any]:
         return {}  # the target broke; the requests that it served still count
 
 
-def _errors(load: LoadResult) -> dict[str, int]:
+def _errors(result: LoadResult) -> dict[str, int]:
     """How often each error occurred."""
     counts: dict[str, int] = {}
-    for trace in load.traces:
+    for trace in result.traces:
         if trace.error is not None:
             counts[trace.error] = counts.get(trace.error, 0) + 1
     return counts

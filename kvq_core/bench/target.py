@@ -30,6 +30,8 @@ class Event:
     tokens: int = 0
     finished: bool = False
     error: str | None = None
+    counts: tuple[int, int] | None = None
+    """At the end, tokens of prompt and answer, where `tokens` were but chunks of a stream."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class TargetInfo:
     model: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+    in_process: bool = True
+    """Whether `poll` does the target's work; then it is no fault of the load generator that sends wait."""
 
 
 class Target(Protocol):

@@ -1,6 +1,7 @@
 """A target that plays a script on a clock of its own, and records made by hand."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kvq_cli import console
+from kvq_cli.app import main
 from kvq_core.bench.metrics import summarize
 from kvq_core.bench.record import RunRecord
 from kvq_core.bench.target import BenchRequest, Event, TargetInfo
@@ -40,6 +43,8 @@ class ScriptedTarget:
     polls: int = 0
     max_running: int = 0
     silent: bool = False
+    punctual: bool = False
+    """`poll` returns when its time is up, as an open loop needs, and not only when something happens."""
     pending: list[Event] = field(default_factory=list)
     policy: dict[str, Any] = field(default_factory=lambda: {"name": "turbo", "number": 42, "label": "turbo"})
 
@@ -66,10 +71,12 @@ class ScriptedTarget:
         self.polls += 1
         if self.polls in self.raise_at_poll:
             raise self.raise_at_poll[self.polls]
-        if self.silent or not self.pending:
+        next_event = min((event.time for event in self.pending), default=math.inf)
+        too_late = self.punctual and next_event > self.now + timeout
+        if self.silent or not self.pending or too_late:
             self.now += timeout
             return []
-        self.now = min(event.time for event in self.pending)
+        self.now = next_event
         due = [event for event in self.pending if event.time == self.now]
         self.pending = [event for event in self.pending if event.time > self.now]
         return due
@@ -111,6 +118,7 @@ def trace(
         index=lengths.get("index", 0),
         input_len=lengths.get("input_len", 10),
         output_len=asked,
+        due=sent,
         sent=sent,
         arrivals=arrivals,
         ended=times[-1] if times else sent,
@@ -183,3 +191,19 @@ def write_json(tmp_path: Path) -> Callable[[str, Any], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def kvq(capsys):
+    """`kvq("compare", ...)` -> (exit code, stdout, stderr)."""
+
+    def run(*args: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        console.out.cache_clear()
+        console.err.cache_clear()
+        with pytest.raises(SystemExit) as done:
+            main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return done.value.code, captured.out, captured.err
+
+    return run

@@ -31,6 +31,8 @@ class Fakes:
     """policy -> raised when its engine starts."""
     raise_at: dict[str, tuple[int, BaseException]] = field(default_factory=dict)
     """policy -> (number of the poll, raised by it)."""
+    interrupt_engine: int = 0
+    """Ctrl-C while the n-th engine runs, after one measured request."""
     error: str | None = None
     """Every measured request fails with it."""
 
@@ -78,6 +80,11 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
             at, error = fakes.raise_at.get(self.policy.name, (0, KeyError()))
             if self.polls == at:
                 raise error
+            if len(fakes.configs) == fakes.interrupt_engine and self.polls == 4:
+                raise KeyboardInterrupt
+            if not self.running:
+                time.sleep(timeout)
+                return []
             request = self.running.popleft()
             failure = fakes.error if request.index >= 0 else None
             return [Event(request.index, time.perf_counter(), request.output_len, True, failure)]
@@ -124,22 +131,6 @@ def fakes(monkeypatch, bench):
     for name, module in fake_modules(fakes).items():
         monkeypatch.setitem(sys.modules, name, module)
     return fakes
-
-
-@pytest.fixture
-def kvq(capsys):
-    """`kvq("compare", ...)` -> (exit code, stdout, stderr)."""
-
-    def run(*args: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        console.out.cache_clear()
-        console.err.cache_clear()
-        with pytest.raises(SystemExit) as done:
-            main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return done.value.code, captured.out, captured.err
-
-    return run
 
 
 SMALL = ("--concurrency", 2, "--num-prompts", 3)
@@ -198,6 +189,102 @@ def test_compare_loads_once_and_gives_all_the_same_memory(kvq, fakes, tmp_path):
     assert [row["run"] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
 
 
+def test_an_open_loop(kvq, fakes):
+    load = ("--request-rate", 500, "--burstiness", 0.5, "--num-prompts", 4)
+    code, out, _ = kvq("profile-throughput", *load, "--json")
+    record = json.loads(out)
+    assert code == 0 and record["completed"] == 4
+    work = record["workload"]
+    assert (work["request_rate"], work["burstiness"], work["concurrency"]) == (500, 0.5, None)
+    assert record["achieved_request_rate"] > 0
+    assert fakes.configs[0].max_num_seqs == 4
+    _, out, _ = kvq("profile-throughput", *load, "--concurrency", 2)
+    assert "500 requests per second asked for" in out and "at most 2 at a time" in out
+
+
+@pytest.mark.parametrize("limits", [("ttft:1e4",), ("ttft:60000", "tpot:1000"), ("ttft:60000 e2el:60000",)])
+def test_goodput(kvq, fakes, limits):
+    code, out, err = kvq("profile-throughput", *SMALL, "--goodput", *limits, "--json")
+    if limits == ("ttft:1e4",):
+        assert code == 2 and "`ttft:1e4` is no limit" in err
+        return
+    record = json.loads(out)
+    assert record["request_goodput"] == record["request_throughput"] > 0
+    assert record["workload"]["goodput"]["ttft"] == 60000
+
+
+def test_goodput_in_tables(kvq, fakes):
+    _, out, _ = kvq(
+        "compare", "--policies", "0,8", "--goodput", "ttft:60000", "tpot:0.5", *SMALL, "--markdown"
+    )
+    assert out.startswith("| policy | requests /s | goodput /s | input")
+    assert "; goodput: TTFT ≤ 60000 ms and TPOT ≤ 0.5 ms" in out
+    _, out, _ = kvq("profile-throughput", "--goodput", "ttft:60000", *SMALL)
+    assert "goodput, requests per second" in out
+    _, out, _ = kvq("profile-throughput", *SMALL)
+    assert "goodput" not in out
+
+
+def test_duration_rate_and_warm_up(kvq, fakes):
+    load = ("--request-rate", 50, "--duration", 0.1, "--num-warmups", 70)
+    code, out, _ = kvq("profile-throughput", *load, "--json")
+    work = json.loads(out)["workload"]
+    assert code == 0 and (work["num_prompts"], work["num_warmup"]) == (5, 70)
+    assert work["duration_limit_s"] == 0.1
+
+
+def test_requests_that_run_out_before_the_duration_are_pointed_out(kvq, fakes):
+    code, _, err = kvq("profile-throughput", *SMALL, "--duration", 60)
+    assert code == 0 and "all 3 requests were sent before the 60 s of --duration were over" in err
+
+
+def test_cancelled_requests(kvq, fakes):
+    code, out, _ = kvq("profile-throughput", *SMALL, "--cancel-rate", 0.34)
+    assert code == 0 and "34% cancelled" in out
+
+
+def test_an_infinite_rate_is_a_closed_loop(kvq, fakes):
+    _, out, _ = kvq("profile-throughput", "--request-rate", "inf", *SMALL, "--json")
+    assert json.loads(out)["workload"]["loop"] == "closed"
+
+
+def test_repeats_take_turns_and_every_run_is_kept(kvq, fakes, tmp_path):
+    file = tmp_path / "r.json"
+    code, out, _ = kvq("compare", "--policies", "0,8,42", "--repeats", 3, *SMALL, "--output", file)
+    names = ["none", "int8", "turbo"]
+    assert code == 0 and len(fakes.loads) == 1
+    assert [config.resolved_policy().name for config in fakes.configs] == names * 3
+    assert len({config.kv_memory for config in fakes.configs}) == 1
+    records = json.loads(file.read_text())
+    assert [(r["label"], r["repeat"]) for r in records] == [(n, i) for i in (1, 2, 3) for n in names]
+    assert out.count("42 turbo") == 2 and " ±" in out and "means of 3 runs ±" in out
+    assert "9 ok" in out
+    code, again, _ = kvq("compare", file)
+    assert code == 0 and again == out
+
+
+def test_one_run_is_no_repeat(kvq, fakes, tmp_path):
+    _, out, _ = kvq("compare", "--policies", "0,8", *SMALL, "--output", tmp_path / "r.json")
+    assert "±" not in out and "repeat" not in json.loads((tmp_path / "r.json").read_text())[0]
+
+
+def test_interrupted_repeats_keep_those_that_ended(kvq, fakes, tmp_path):
+    fakes.interrupt_engine = 4
+    file = tmp_path / "r.json"
+    code, out, err = kvq("compare", "--policies", "0,8", "--repeats", 3, *SMALL, "--output", file)
+    assert code == 130
+    found = [(r["label"], r["repeat"], r["complete"]) for r in json.loads(file.read_text())]
+    assert found == [("none", 1, True), ("int8", 1, True), ("none", 2, True), ("int8", 2, False)]
+    assert "8 int8: 1 of 2 runs are incomplete and left out" in err and "(incomplete)" not in out
+    assert "means of 1 to 2 runs" in out
+
+
+def test_a_policy_that_does_not_start_is_tried_once(kvq, fakes):
+    fakes.fail_start = {"int8": KvqError("no memory is left", "take less")}
+    code, _, err = kvq("compare", "--policies", "0,8", "--repeats", 3, *SMALL)
+    assert code == 1 and len(fakes.configs) == 3 and err.count("was not measured") == 1
+
+
 def test_windows_show_in_names(kvq, fakes):
     _, out, _ = kvq("compare", "--policies", "0,42", "--sink", 4, "--recent", 128, *SMALL, "--json")
     assert [record["label"] for record in json.loads(out)] == ["none", "turbo+s4r128"]
@@ -232,6 +319,33 @@ def test_records_that_differ_are_pointed_out(kvq, fakes, tmp_path):
     code, _, err = kvq("compare", tmp_path / "a.json", tmp_path / "b.json")
     assert code == 0
     assert "warning: records differ in workload" in err and "warning: records differ in seed: 1" in err
+
+
+def test_a_regression_fails_and_says_what_got_worse(kvq, bench, write_json):
+    before, after = bench.record("before", None), bench.record("after", None, speed=0.9)
+    files = write_json("a.json", before.to_dict()), write_json("b.json", after.to_dict())
+    code, out, err = kvq("compare", *files, "--fail-on-regression", "5%")
+    assert code == 3 and "after" in out
+    assert "error: worse than --fail-on-regression 0.05 allows: after: output throughput -10.0%" in err
+    assert "after: mean TTFT +11.1%" in err and "after: mean TPOT +11.1%" in err
+    for fine in (
+        (*files, "--fail-on-regression", "12%"),
+        (*files, "--fail-on-regression", "0.12"),
+        (*reversed(files), "--fail-on-regression", "0"),
+        (*files, "--baseline", "after", "--fail-on-regression", "1%"),
+    ):
+        assert kvq("compare", *fine)[0] == 0
+    code, _, err = kvq("compare", files[0], "--fail-on-regression", "5%")
+    assert code == 2 and "nothing to compare with" in err
+
+
+def test_markdown_warns_on_stderr_too(kvq, bench, write_json):
+    unlike = bench.record("turbo", 42, env={"gpu": "H100"}, workload={"seed": 7})
+    file = write_json("a.json", [bench.record().to_dict(), unlike.to_dict()])
+    code, out, err = kvq("compare", file, "--markdown")
+    assert code == 0
+    for what in ("differ in GPU: none (0 none), H100 (42 turbo)", "differ in seed: 0 (0 none), 7 (42 turbo)"):
+        assert f"- **warning**: records {what}" in out and f"warning: records {what}" in err
 
 
 # 2 warm-up polls and 3 measured ones a policy: the fourth poll comes after one measured request.
@@ -323,7 +437,16 @@ def test_full_disk(kvq, fakes, tmp_path, monkeypatch):
         (("profile-throughput", "--num-prompts", "-3"), 2, "--num-prompts"),
         (("profile-throughput", "--max-output-len", "0"), 2, "--max-output-len"),
         (("profile-throughput", "--input-len", "0", "--dataset-name", "fixed"), 2, "--input-len"),
-        (("profile-throughput", "--warmup", "8"), 2, "--warmup 8 is less than the 64 requests in flight"),
+        (
+            ("profile-throughput", "--warmup", "8"),
+            2,
+            "--num-warmups 8 is less than the 64 requests in flight",
+        ),
+        (("profile-throughput", "--request-rate", "0"), 2, "--request-rate must be above 0"),
+        (("compare", "--policies", "0,4", "--burstiness", "2"), 2, "--burstiness needs --request-rate"),
+        (("compare", "--policies", "0,4", "--goodput", "ttft:9", "itl:5"), 2, "`itl:5` is no limit"),
+        (("profile-throughput", "--duration", "0"), 2, "--duration must be above 0"),
+        (("profile-throughput", "--cancel-rate", "1.5"), 2, "--cancel-rate must lie in [0, 1)"),
         (("profile-throughput", "--dataset-name", "alpaca"), 2, "unknown --dataset-name `alpaca`"),
         (("profile-throughput", "--dataset-name", "lengths"), 2, "needs --dataset-path"),
         (("profile-throughput", "--dataset-path", "none.json"), 1, "no file none.json"),
@@ -336,6 +459,7 @@ def test_full_disk(kvq, fakes, tmp_path, monkeypatch):
         (("compare", "--policies", ","), 2, "no policy given"),
         (("compare", "--policies", "0,4", "--baseline", "42"), 1, "--baseline 42 is none of the policies"),
         (("compare", "--policies", "0,4", "--json", "--csv"), 2, "one or the other"),
+        (("compare", "a.json", "--fail-on-regression", "much"), 2, "much"),
     ],
     ids=lambda value: " ".join(value[:5]) if isinstance(value, tuple) else None,
 )

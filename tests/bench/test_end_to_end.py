@@ -79,6 +79,18 @@ def rows(folder, label):
     return [row for row in map(json.loads, lines) if row["label"] == label]
 
 
+def test_an_open_loop_with_cancellations_frees_every_page(tiny):
+    load = ("--dataset-name", "fixed", "--input-len", 100, "--output-len", 12, "--num-prompts", 8)
+    arrivals = ("--request-rate", 20, "--concurrency", 3, "--cancel-rate", 0.5, "--goodput", "ttft:60000")
+    done = kvq("profile-throughput", *tiny, *load, *arrivals, "--policy", 42, "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["completed"], record["cancelled"], record["failed"]) == (4, 4, 0)
+    assert record["kv"]["tokens"] == 0 < record["kv"]["peak_tokens"]
+    assert record["request_goodput"] == record["request_throughput"]
+    assert record["duration"] >= 8 / 20 * 0.999
+
+
 def test_a_cache_too_small_for_the_load_makes_requests_wait_but_none_fail(tiny, tmp_path):
     load = ("--dataset-name", "fixed", "--input-len", 200, "--output-len", 60, "-c", 6, "--num-prompts", 6)
     done = kvq("profile-throughput", *tiny, *load, "--policy", 0, "--json", "--kv-memory", "1MiB")

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from kvq_core.bench.metrics import DEFINITIONS, LATENCIES, percentile, summarize
+from kvq_core.bench.metrics import DEFINITIONS, LATENCIES, parse_limits, percentile, summarize
+from kvq_core.errors import UsageError
 
 
 def test_two_scripted_requests_by_hand(bench):
@@ -86,6 +87,29 @@ def test_standard_deviation_is_numpys(bench):
     assert m["std_ttft_ms"] == pytest.approx(np.std(firsts) * 1e3)
 
 
+def test_goodput_by_hand(bench):
+    traces = [
+        bench.trace(0.0, [0.5, 0.55]),  # meets both limits, each of them just
+        bench.trace(0.0, [0.51, 0.52]),  # first token too late
+        bench.trace(0.0, [0.1, 0.2]),  # too slow a token
+        bench.trace(0.0, [0.1]),  # a single token has no TPOT
+        bench.trace(0.0, [0.1, 0.11], error="boom"),
+    ]
+    limits = parse_limits(["ttft:500", "tpot:50.001"])
+    assert summarize(traces, 4.0, limits)["request_goodput"] == pytest.approx(2 / 4)
+    assert summarize(traces, 4.0, {"e2el": 200})["request_goodput"] == pytest.approx(2 / 4)
+    assert "request_goodput" not in summarize(traces, 4.0)
+
+
+def test_limits_of_goodput():
+    assert parse_limits(["ttft:500", "tpot:50.5"]) == parse_limits(["ttft:500 tpot:50.5"])
+    assert parse_limits(["ttft:500,e2el:20000"]) == {"ttft": 500.0, "e2el": 20000.0}
+    assert parse_limits([]) == {}
+    for wrong in ("ttft", "ttft:", "ttft:fast", "itl:5", "ttft:0", "ttft:-1", "ttft:1 ttft:2"):
+        with pytest.raises(UsageError):
+            parse_limits([wrong])
+
+
 def test_definitions_cover_the_latencies():
     assert {"TTFT", "TPOT", "ITL", "E2E"} <= set(DEFINITIONS)
 
@@ -93,8 +117,9 @@ def test_definitions_cover_the_latencies():
 def test_row_of_a_request(bench):
     row = bench.trace(10.0, [11.0, 11.5], index=3).row(start=9.0)
     assert row == {
-        "index": 3, "input_len": 10, "asked_output_len": 2, "output_len": 2, "sent_ms": 1000.0,
-        "ttft_ms": 1000.0, "e2el_ms": 1500.0, "itl_ms": [500.0], "status": "ok", "error": None,
+        "index": 3, "input_len": 10, "asked_output_len": 2, "output_len": 2, "due_ms": 1000.0,
+        "sent_ms": 1000.0, "ttft_ms": 1000.0, "e2el_ms": 1500.0, "itl_ms": [500.0], "status": "ok",
+        "error": None,
     }  # fmt: skip
     nothing = bench.trace(10.0, [], error="boom").row(start=9.0)
     assert nothing["status"] == "failed" and nothing["ttft_ms"] is None and nothing["error"] == "boom"

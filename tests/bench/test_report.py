@@ -81,6 +81,28 @@ def test_two_runs_of_one_policy(bench):
     assert comparison.change(1, "output_throughput") == pytest.approx(2.0)
 
 
+def test_regressions_by_hand(bench):
+    base, slower = bench.record("none", 0), bench.record("turbo", 42, speed=1 / 1.06)
+    comparison = compare_records([base, slower])
+    assert comparison.regressions(0.05) == [
+        "42 turbo: output throughput -5.7%",
+        "42 turbo: mean TTFT +6.0%",
+        "42 turbo: mean TPOT +6.0%",
+    ]
+    assert comparison.regressions(0.058) == ["42 turbo: mean TTFT +6.0%", "42 turbo: mean TPOT +6.0%"]
+    assert comparison.regressions(0.061) == []
+    assert compare_records([slower, base]).regressions(0.05) == []
+
+
+def test_what_was_not_measured_is_a_regression(bench):
+    broken = bench.record("turbo", 42).to_dict() | {"mean_ttft_ms": None, "output_throughput": 0.0}
+    comparison = compare_records([bench.record(), RunRecord.from_dict(broken, "x")])
+    assert comparison.regressions(0.05) == [
+        "42 turbo: output throughput was not measured",
+        "42 turbo: mean TTFT was not measured",
+    ]
+
+
 def test_figures_that_are_missing_give_no_change(bench):
     empty = RunRecord.from_dict(bench.record("turbo", 42).to_dict() | {"mean_tpot_ms": None}, "x")
     comparison = compare_records([bench.record(), empty])
