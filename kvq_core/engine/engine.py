@@ -125,8 +125,8 @@ class Engine:
     def add_request(self, prompt_ids: list[int], params: SamplingParams) -> int:
         """Queue a prompt of token ids; returns the request's id.
 
-        Raises `KvqError` as `check_prompt` does. Answers end early, with reason "length", where the model's or
-        the cache's limit is reached.
+        Raises `KvqError` as `check_prompt` does. Answers end early, with reason "length", where the model's
+        or the cache's limit is reached.
         """
         room = self.check_prompt(prompt_ids)
         request = Request(

@@ -61,3 +61,7 @@ def engine_died(status: int = 503) -> ApiError:
         type="server_error",
         code="engine_died",
     )
+
+
+def internal_error() -> ApiError:
+    return ApiError(500, "a fault of the server; its log has the reason", type="server_error")

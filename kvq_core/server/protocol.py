@@ -10,7 +10,15 @@ from kvq_core.errors import KvqError
 from kvq_core.prompts import Prompt, as_prompts
 from kvq_core.server.errors import ApiError
 
-IGNORED = "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls".split()
+IGNORED = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+}
 """Fields that don't change an answer."""
 NEUTRAL: dict[str, list[Any]] = {
     "presence_penalty": [0, 0.0],
