@@ -27,6 +27,7 @@ MODEL_PANEL = "Model"
 CACHE_PANEL = "KV cache"
 ENGINE_PANEL = "Engine"
 SAMPLING_PANEL = "Sampling"
+SERVER_PANEL = "Server"
 OUTPUT_PANEL = "Output"
 
 UNITS = {"": 1, "b": 1} | {
@@ -300,6 +301,18 @@ System = Annotated[
         metavar="TEXT",
         help="System message, which tells the model how to answer.",
         rich_help_panel=SAMPLING_PANEL,
+    ),
+]
+
+# Servers
+
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Environment variable with the server's API key.",
+        show_default="no key",
+        rich_help_panel=SERVER_PANEL,
     ),
 ]
 

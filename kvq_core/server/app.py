@@ -172,9 +172,6 @@ class Gate:
             self._check_key(dict(scope["headers"]).get(b"authorization", b""))
             body = await self._read(receive)
         except ApiError as error:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_SECONDS):
-                    await _drop(receive)
             return await respond(error)(scope, receive, send)
         if body is None:
             return None  # the client hung up
@@ -197,18 +194,25 @@ class Gate:
             )
 
     async def _read(self, receive: Receive) -> bytes | None:
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > self._max_body:
-                raise ApiError(
-                    413, f"the body is larger than {self._max_body:,} bytes", code="request_too_large"
-                )
-            if not message.get("more_body"):
-                return bytes(body)
+        """The body; None where the client hangs up. One that is too large is read to its end and dropped."""
+        body, size = bytearray(), 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None) as timeout:
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if size <= self._max_body:
+                        body += chunk
+                    elif timeout.when() is None:
+                        timeout.reschedule(asyncio.get_running_loop().time() + DRAIN_SECONDS)
+                    if not message.get("more_body"):
+                        break
+        if size > self._max_body:
+            raise ApiError(413, f"the body is larger than {self._max_body:,} bytes", code="request_too_large")
+        return bytes(body)
 
 
 def respond(error: ApiError) -> Response:

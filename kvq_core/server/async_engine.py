@@ -154,9 +154,9 @@ class AsyncEngine:
         return generation
 
     def drain(self, timeout: float) -> None:
-        """Refuse new requests; end those that still run after `timeout` seconds."""
+        """Refuse new requests; end those that still run after `timeout` seconds. Signal handlers may call it."""
         self.refusal = self.refusal or shutting_down
-        self._loop.call_later(timeout, self.abort, shutting_down)
+        self._loop.call_soon_threadsafe(self._loop.call_later, timeout, self.abort, shutting_down)
 
     def abort(self, why: Callable[[], ApiError]) -> None:
         """End every generation with an error."""

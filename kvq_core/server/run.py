@@ -44,6 +44,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, engine: Engine, name: str, config: ServerConfig) -> None:
         self.engine = AsyncEngine(engine, config.max_queue)
+        self._name = name
         self._timeout = config.shutdown_timeout
         super().__init__(
             uvicorn.Config(
@@ -64,6 +65,11 @@ class Server(uvicorn.Server):
         finally:
             await self.engine.stop()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            log.info("serving %s at %s; Ctrl-C stops", self._name, url_of(listener))
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True
@@ -80,6 +86,4 @@ class Server(uvicorn.Server):
 
 def serve(engine: Engine, name: str, listener: socket.socket, config: ServerConfig) -> None:
     """Serve a model under this name until SIGINT or SIGTERM."""
-    server = Server(engine, name, config)
-    log.info("serving %s at %s; Ctrl-C stops", name, url_of(listener))
-    asyncio.run(server.listen(listener))
+    asyncio.run(Server(engine, name, config).listen(listener))
