@@ -154,7 +154,7 @@ class AsyncEngine:
         return generation
 
     def drain(self, timeout: float) -> None:
-        """Refuse new requests; end those that still run after `timeout` seconds. Signal handlers may call it."""
+        """Refuse new requests; end what still runs after `timeout` seconds. A signal handler may call it."""
         self.refusal = self.refusal or shutting_down
         self._loop.call_soon_threadsafe(self._loop.call_later, timeout, self.abort, shutting_down)
 
