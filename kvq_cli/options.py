@@ -7,6 +7,7 @@ The command gets one `config` in place of the flags; defaults come from `EngineC
 """
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Collection
 from functools import wraps
@@ -111,6 +112,16 @@ Model = Annotated[
         help="A Hugging Face hub id, a folder, a .gguf file, `demo` (SmolLM2-135M, fetched once), or, with "
         "--load-format dummy, a preset such as `qwen3-30b-a3b`.",
         autocompletion=complete_model,
+        rich_help_panel=MODEL_PANEL,
+    ),
+]  # fmt: skip
+ChatModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m",
+        help="As for `kvq run`; with --url, the server's name for it.",
+        autocompletion=complete_model,
+        show_default="demo; with --url, the server's first",
         rich_help_panel=MODEL_PANEL,
     ),
 ]  # fmt: skip
@@ -388,3 +399,16 @@ def _flag_default(name: str) -> Any:
 def sampling_params(**values: Any) -> SamplingParams:
     """`SamplingParams` from the flags; a `stop` of None is no stop text."""
     return SamplingParams(**values | {"stop": tuple(values.get("stop") or ())})
+
+
+def api_key_from(variable: str | None) -> str | None:
+    """The API key in an environment variable; None where none is named."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UsageError(
+            f"--api-key-env: there is nothing in the environment variable {variable}",
+            f"`export {variable}=…`; the option takes the variable's name, not the key",
+        )
+    return key

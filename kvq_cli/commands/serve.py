@@ -1,16 +1,23 @@
 """`kvq serve`: an OpenAI-compatible server."""
 
 import ipaddress
-import os
 from typing import Annotated
 
 import typer
 
 from kvq_cli import console
 from kvq_cli.commands.run import open_pipeline
-from kvq_cli.options import DEFAULT_MODEL, SERVER_PANEL, ApiKeyEnv, Model, engine_options, parse_size
+from kvq_cli.options import (
+    DEFAULT_MODEL,
+    SERVER_PANEL,
+    ApiKeyEnv,
+    Model,
+    api_key_from,
+    engine_options,
+    parse_size,
+)
 from kvq_core.config import EngineConfig, ServerConfig
-from kvq_core.errors import KvqError, UsageError
+from kvq_core.errors import KvqError
 
 DEFAULTS = ServerConfig()
 
@@ -88,19 +95,6 @@ def serve(
         console.warn("anyone who reaches this address can use the server; --api-key-env asks for a key")
     with bind(server) as listener, open_pipeline(model, config) as pipe:
         run_server(pipe.engine, model, listener, server)
-
-
-def api_key_from(variable: str | None) -> str | None:
-    """The API key in an environment variable; None where none is named."""
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UsageError(
-            f"--api-key-env: there is nothing in the environment variable {variable}",
-            f"`export {variable}=…`; the option takes the variable's name, not the key",
-        )
-    return key
 
 
 def _is_loopback(host: str) -> bool:
