@@ -76,7 +76,7 @@ class RemoteChat(Chat):
             check(response)
             for event in events(response):
                 if event.get("error"):
-                    raise as_error(event, "the server broke off the answer")
+                    raise as_error(event, "the server broke off the answer", "its log may say more")
                 for choice in event.get("choices") or []:
                     finished |= choice.get("finish_reason") is not None
                     text = (choice.get("delta") or {}).get("content") or ""

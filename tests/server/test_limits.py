@@ -116,7 +116,7 @@ def test_fields_that_ask_for_nothing_are_taken(running: Any) -> None:
 
 
 def test_the_key(running: Any) -> None:
-    for key in ("wrong", ""):
+    for key in ("wrong", "secret2"):
         response = ask(running, HI, key=key)
         assert response.status_code == 401
         error = response.json()["error"]
@@ -170,8 +170,9 @@ def test_a_full_queue(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(running, HI).status_code == 200
 
 
-def test_hang_ups_leave_nothing_behind(serve: Any) -> None:
+def test_hang_ups_leave_nothing_behind(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     running = serve(max_queue=200, max_num_seqs=16)
+    slow(running, monkeypatch, 0.005)
 
     async def client(http: httpx.AsyncClient, index: int) -> int:
         body = ENDLESS | {"prompt": f"client {index}", "max_tokens": 20 + index % 7}
@@ -192,7 +193,9 @@ def test_hang_ups_leave_nothing_behind(serve: Any) -> None:
     tokens = asyncio.run(clients())
     assert tokens == [-1 if i % 10 == 0 else 20 + i % 7 for i in range(100)]
     assert eventually(running.is_clean)
-    assert 'kvq_requests_total{reason="length"}' in httpx.get(f"{running.url}/metrics").text
+    text = httpx.get(f"{running.url}/metrics").text
+    assert 'kvq_requests_total{reason="cancelled"} 10.0' in text
+    assert 'kvq_requests_total{reason="length"} 90.0' in text
 
 
 def test_hanging_up_on_a_whole_answer(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
