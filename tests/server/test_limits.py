@@ -166,7 +166,7 @@ def test_a_full_queue(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert error == {"type": "rate_limit_error", "param": None, "code": "rate_limit_exceeded"}
         text = httpx.get(f"{running.url}/metrics").text
         assert "kvq_requests_running 4.0" in text and "kvq_requests_waiting 1.0" in text
-    assert eventually(running.is_clean)
+    assert running.is_clean()
     assert ask(running, HI).status_code == 200
 
 
@@ -193,7 +193,7 @@ def test_hang_ups_leave_nothing_behind(serve: Any, monkeypatch: pytest.MonkeyPat
 
     tokens = asyncio.run(clients())
     assert tokens == [-1 if i % 10 == 0 else 20 + i % 7 for i in range(100)]
-    assert eventually(running.is_clean)
+    assert running.is_clean()
     text = httpx.get(f"{running.url}/metrics").text
     assert 'kvq_requests_total{reason="cancelled"} 10.0' in text
     assert 'kvq_requests_total{reason="length"} 90.0' in text
@@ -210,7 +210,7 @@ def test_hanging_up_on_a_whole_answer(running: Any, monkeypatch: pytest.MonkeyPa
         )
     cancelled = 'kvq_requests_total{reason="cancelled"} 1.0'
     assert eventually(lambda: cancelled in httpx.get(f"{running.url}/metrics").text, 10)
-    assert eventually(running.is_clean, 5)
+    assert running.is_clean(5)
 
 
 def test_an_engine_that_dies(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
