@@ -70,18 +70,18 @@ class Running:
 
     def is_clean(self, seconds: float = 20) -> bool:
         """No request and no page is left, or will be: the engine's thread takes a step to let go of them."""
-        return eventually(self._holds_nothing, seconds)
+        return self.eventually(self._holds_nothing, seconds)
+
+    @staticmethod
+    def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+        end = time.monotonic() + seconds
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.01)
+        return condition()
 
     def _holds_nothing(self) -> bool:
         load = self.engine.load
         return not (self.server.engine.open or load.running or load.waiting or load.pages_used)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 Serve = Callable[..., Running]

@@ -4,7 +4,6 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -29,13 +28,6 @@ def ask(running: Any, body: Any, path: str = "completions", key: str = "secret")
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {key}"}
     return httpx.post(f"{running.url}/v1/{path}", content=content, headers=headers, timeout=30)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 def slow(running: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
@@ -209,7 +201,7 @@ def test_hanging_up_on_a_whole_answer(running: Any, monkeypatch: pytest.MonkeyPa
             timeout=0.5,
         )
     cancelled = 'kvq_requests_total{reason="cancelled"} 1.0'
-    assert eventually(lambda: cancelled in httpx.get(f"{running.url}/metrics").text, 10)
+    assert running.eventually(lambda: cancelled in httpx.get(f"{running.url}/metrics").text, 10)
     assert running.is_clean(5)
 
 
@@ -223,7 +215,7 @@ def test_an_engine_that_dies(running: Any, monkeypatch: pytest.MonkeyPatch) -> N
         model="tiny", prompt="Hi", max_tokens=250, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    assert eventually(lambda: running.server.engine.open == 2)
+    assert running.eventually(lambda: running.server.engine.open == 2)
 
     def die() -> None:
         raise RuntimeError("a kernel failed")
