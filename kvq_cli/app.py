@@ -18,6 +18,7 @@ from kvq_cli.commands.eval import eval
 from kvq_cli.commands.policies import policies
 from kvq_cli.commands.profile_throughput import profile_throughput
 from kvq_cli.commands.run import run
+from kvq_cli.commands.serve import serve
 from kvq_cli.console import TalkHandler, emit, show_error
 from kvq_cli.load_options import spread_goodput
 from kvq_cli.options import name_the_flag
@@ -39,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for panel, commands in {
-    "Generate": (run, chat),
+    "Generate": (run, chat, serve),
     "Measure": (profile_throughput, compare, eval),
     "Look around": (policies, doctor),
 }.items():

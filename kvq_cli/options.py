@@ -7,6 +7,7 @@ The command gets one `config` in place of the flags; defaults come from `EngineC
 """
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Collection
 from functools import wraps
@@ -28,6 +29,7 @@ CACHE_PANEL = "KV cache"
 ENGINE_PANEL = "Engine"
 SAMPLING_PANEL = "Sampling"
 CHECK_PANEL = "Checks"
+SERVER_PANEL = "Server"
 OUTPUT_PANEL = "Output"
 
 UNITS = {"": 1, "b": 1} | {
@@ -124,6 +126,16 @@ Model = Annotated[
         help="A Hugging Face hub id, a folder, a .gguf file, `demo` (SmolLM2-135M, fetched once), or, with "
         "--load-format dummy, a preset such as `qwen3-30b-a3b`.",
         autocompletion=complete_model,
+        rich_help_panel=MODEL_PANEL,
+    ),
+]  # fmt: skip
+ChatModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m",
+        help="As for `kvq run`; with --url, the server's name for it.",
+        autocompletion=complete_model,
+        show_default="demo; with --url, the server's first",
         rich_help_panel=MODEL_PANEL,
     ),
 ]  # fmt: skip
@@ -317,6 +329,18 @@ System = Annotated[
     ),
 ]
 
+# Servers
+
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Environment variable with the server's API key.",
+        show_default="no key",
+        rich_help_panel=SERVER_PANEL,
+    ),
+]
+
 # Output
 
 Json = Annotated[
@@ -389,3 +413,16 @@ def _flag_default(name: str) -> Any:
 def sampling_params(**values: Any) -> SamplingParams:
     """`SamplingParams` from the flags; a `stop` of None is no stop text."""
     return SamplingParams(**values | {"stop": tuple(values.get("stop") or ())})
+
+
+def api_key_from(variable: str | None) -> str | None:
+    """The API key in an environment variable; None where none is named."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UsageError(
+            f"--api-key-env: there is nothing in the environment variable {variable}",
+            f"`export {variable}=…`; the option takes the variable's name, not the key",
+        )
+    return key

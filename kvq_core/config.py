@@ -1,6 +1,6 @@
 """Every setting of the engine and of sampling, frozen; the only place where defaults live."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvq_core.errors import UsageError
@@ -97,3 +97,20 @@ class SamplingParams:
             raise UsageError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise UsageError(f"top_k must not be negative, got {self.top_k}")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the server takes requests."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free one."""
+    api_key: str | None = field(default=None, repr=False)
+    """What clients must send as `Authorization: Bearer …`, if anything."""
+    max_queue: int = 256
+    """Requests that may wait while `max_num_seqs` run."""
+    max_body: int = 16 << 20
+    """Bytes of a request's body."""
+    shutdown_timeout: float = 30.0
+    """Seconds that running requests get to finish when the server is stopped."""

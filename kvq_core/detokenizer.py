@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from kvq_core.engine.request import RequestOutput
+
 INCOMPLETE = "\ufffd"
 
 
@@ -47,6 +49,19 @@ class Detokenizer:
         text = self._release(self._decode(final=True))
         held, self._held = self._held, ""
         return text + ("" if self.stopped else held)
+
+    def take(self, output: RequestOutput, ends: set[int]) -> tuple[str, str | None]:
+        """New text of an output, and why the answer ended, if it did; tokens in `ends` have no text."""
+        ids = output.token_ids
+        if output.finish_reason == "stop" and ids and ids[-1] in ends:
+            ids = ids[:-1]
+        new = self.push(ids)
+        if self.stopped:
+            return new, "stop"
+        if output.finished:
+            new += self.finish()
+            return new, "stop" if self.stopped else output.finish_reason
+        return new, None
 
     def _decode(self, final: bool) -> str:
         """Text of the tokens not yet taken; empty while their last character is incomplete."""

@@ -15,6 +15,10 @@ class KvqError(Exception):
         self.hint = hint
 
 
+class PromptTooLong(KvqError):
+    """A prompt that leaves no room for a token in the model's context, or in the cache."""
+
+
 class UsageError(KvqError):
     """A malformed or out-of-range option (exit code 2)."""
 

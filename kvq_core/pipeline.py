@@ -171,7 +171,7 @@ class Pipeline:
                     return  # closed, or another policy was set
                 for output in self._next(engine, indices):
                     request, index = output.request_id, indices[output.request_id]
-                    text, reason = self._take(texts[request], output, ends)
+                    text, reason = texts[request].take(output, ends)
                     if reason is not None:
                         engine.cancel(request)  # a stop string: the engine does not know of it
                         del indices[request], self._outputs[request]
@@ -189,20 +189,6 @@ class Pipeline:
                 if output.request_id in self._outputs:
                     self._outputs[output.request_id].append(output)
         return [self._outputs[r].popleft() for r in requests if self._outputs[r]]
-
-    @staticmethod
-    def _take(text: Detokenizer, output: RequestOutput, ends: set[int]) -> tuple[str, str | None]:
-        """New text of a request, and why it ended, if it did."""
-        ids = output.token_ids
-        if output.finish_reason == "stop" and ids and ids[-1] in ends:
-            ids = ids[:-1]
-        new = text.push(ids)
-        if text.stopped:
-            return new, "stop"
-        if output.finished:
-            new += text.finish()
-            return new, "stop" if text.stopped else output.finish_reason
-        return new, None
 
 
 def sampling(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:

@@ -4,24 +4,31 @@ import json
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+
+import typer
 
 from kvq_cli import console
 from kvq_cli.commands.run import check_text, has_chat_template, open_pipeline
 from kvq_cli.options import (
     DEFAULT_MODEL,
+    DEFAULTS,
     SAMPLING,
+    SERVER_PANEL,
+    ApiKeyEnv,
+    ChatModel,
     MaxNewTokens,
-    Model,
     Stop,
     System,
     Temperature,
     TopK,
     TopP,
+    api_key_from,
     engine_options,
     format_size,
     sampling_params,
@@ -37,19 +44,31 @@ if TYPE_CHECKING:
 
 @engine_options()
 def chat(
-    model: Model = DEFAULT_MODEL,
+    model: ChatModel = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = SAMPLING.max_new_tokens,
     temperature: Temperature = SAMPLING.temperature,
     top_k: TopK = SAMPLING.top_k,
     top_p: TopP = SAMPLING.top_p,
     stop: Stop = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Talk to this server, `kvq serve` or any other with OpenAI's interface, as in "
+            "`http://localhost:8000`.",
+            show_default="a model of one's own",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = None,
+    api_key_env: ApiKeyEnv = None,
     *,
     config: EngineConfig,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.
 
     kvq chat --policy 42
+    kvq chat --url http://localhost:8000
     printf 'Hello!\\nAnd in French?\\n' | kvq chat
     """
     params = sampling_params(
@@ -60,12 +79,34 @@ def chat(
         seed=config.seed,
         stop=stop,
     )
+    if url is not None:
+        if config != EngineConfig(policy=str(DEFAULTS.policy), seed=config.seed):
+            raise UsageError(
+                "--url and flags of the engine exclude each other", "give the engine's flags to `kvq serve`"
+            )
+        from kvq_cli.remote_chat import RemoteChat
+
+        with RemoteChat(url, api_key_from(api_key_env), params, model, system) as remote:
+            remote.loop()
+        return
+    if api_key_env is not None:
+        raise UsageError("--api-key-env is for a server", "name it with `--url`")
+    model = model or DEFAULT_MODEL
     with open_pipeline(model, config) as pipe:
         if not has_chat_template(pipe):
             raise KvqError(
                 f"{model} has no chat template", "use an instruction-tuned model, or `kvq run --raw`"
             )
-        Chat(pipe, config, params, model, system).loop()
+        LocalChat(pipe, config, params, model, system).loop()
+
+
+class Piece(NamedTuple):
+    """What is new of an answer."""
+
+    text: str
+    input_tokens: int
+    """Of the prompt; 0: not known yet."""
+    output_tokens: int
 
 
 @dataclass
@@ -77,15 +118,18 @@ class Turn:
     ttft: float = 0.0
     seconds: float = 0.0
 
+    def summary(self) -> str:
+        rate = (self.output_tokens - 1) / max(self.seconds - self.ttft, 1e-9)
+        return (
+            f"  last answer   {self.output_tokens} tokens, first after {self.ttft:.2f} s,"
+            f" then {max(rate, 0):.1f} tokens/s"
+        )
 
-class Chat:
+
+class Chat(ABC):
     """One conversation: its messages, and the commands that change it."""
 
-    def __init__(
-        self, pipe: "Pipeline", config: EngineConfig, params: SamplingParams, model: str, system: str | None
-    ) -> None:
-        self.pipe = pipe
-        self.config = config
+    def __init__(self, params: SamplingParams, model: str, system: str | None) -> None:
         self.params = params
         self.model = model
         self.system: str | None = system
@@ -104,8 +148,7 @@ class Chat:
 
     def loop(self) -> None:
         """Read lines and answer them until the input ends."""
-        policy = self.config.resolved_policy().label
-        console.say(f"{self.model}, policy {policy}. /help lists the commands, Ctrl-D leaves.")
+        console.say(f"{self.model}, policy {self.policy}. /help lists the commands, Ctrl-D leaves.")
         while (line := self.read()) is not None:
             text = line.strip()
             if not text:
@@ -170,20 +213,15 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         answer, turn, start = "", Turn(), time.perf_counter()
         try:
-            with stop_on_interrupt(self.interactive) as stopped:
-                prompt = self.fit()
-                stream = cast("Generator[Response]", self.pipe.stream_infer(prompt, params=self.params))
-                try:
-                    for delta in stream:
-                        turn.ttft = turn.ttft or time.perf_counter() - start
-                        turn.input_tokens = delta.input_len
-                        turn.output_tokens += len(delta.token_ids)
-                        answer += delta.text
-                        console.emit(delta.text, end="")
-                        if stopped():
-                            break
-                finally:
-                    stream.close()  # cancels what is still running
+            with stop_on_interrupt(self.interactive) as stopped, closing(self.stream()) as stream:
+                for piece in stream:
+                    turn.ttft = turn.ttft or time.perf_counter() - start
+                    turn.input_tokens = piece.input_tokens or turn.input_tokens
+                    turn.output_tokens += piece.output_tokens
+                    answer += piece.text
+                    console.emit(piece.text, end="")
+                    if stopped():
+                        break
         except BaseException:
             self.messages.pop()  # a question without an answer would stand in the way of the next
             raise
@@ -196,37 +234,26 @@ class Chat:
         self.last = turn
         self.messages.append({"role": "assistant", "content": answer})
 
-    def fit(self) -> list[dict[str, str]]:
-        """The conversation as a prompt; where the context can't hold all, its oldest exchanges go."""
-        dropped = 0
-        while True:
-            prompt = self.prompt()
-            room = self.context - self.count_tokens(prompt)
-            if room >= min(self.params.max_new_tokens, self.context // 4):
-                break
-            if len(self.messages) == 1:
-                if room > 0:
-                    break
-                raise KvqError(
-                    f"the message is longer than the context of {self.context} tokens",
-                    "shorten it, or raise `--kv-memory` or `--max-model-len` where these set the limit",
-                )
-            del self.messages[:2]
-            dropped += 2
-        if dropped:
-            console.warn(f"the context is full: the oldest {dropped} messages are no longer part of it")
-        return prompt
-
     @property
-    def context(self) -> int:
-        """Most tokens that a conversation can have: the model's limit, or the cache's."""
-        assert self.pipe.engine is not None
-        return self.pipe.engine.plan.max_request_tokens
+    @abstractmethod
+    def policy(self) -> str:
+        """The policy that answers."""
 
-    def count_tokens(self, messages: list[dict[str, str]]) -> int:
-        from kvq_core.prompts import encode
+    @abstractmethod
+    def stream(self) -> Generator[Piece]:
+        """Answer the conversation; closing the stream cancels what is still running.
 
-        return len(encode(self.pipe.model, messages))
+        Where the context can't hold it all, its oldest exchanges go.
+        """
+
+    @abstractmethod
+    def set_policy(self, name: str) -> None: ...
+
+    @abstractmethod
+    def show_stats(self, _: str) -> None: ...
+
+    def warn_of_dropped(self, messages: int) -> None:
+        console.warn(f"the context is full: the oldest {messages} messages are no longer part of it")
 
     def prompt(self) -> list[dict[str, str]]:
         first = [{"role": "system", "content": self.system}] if self.system else []
@@ -246,34 +273,13 @@ class Chat:
             self.system = None if text == "-" else text
         console.say(f"system: {self.system}" if self.system else "no system message")
 
-    def set_policy(self, name: str) -> None:
-        if name:
-            config = self.config.replace(policy=name)
-            self.pipe.set_policy(config)
-            self.config = config
-        console.say(f"policy {self.config.resolved_policy().label}")
-
-    def show_stats(self, _: str) -> None:
-        stats, turn = self.pipe.kv_stats(), self.last
-        rate = (turn.output_tokens - 1) / max(turn.seconds - turn.ttft, 1e-9)
-        used = turn.input_tokens + turn.output_tokens
-        console.say(
-            f"  policy        {self.config.resolved_policy().label},"
-            f" {stats['bits_per_element']:.2f} bits an element\n"
-            f"  last answer   {turn.output_tokens} tokens, first after {turn.ttft:.2f} s,"
-            f" then {max(rate, 0):.1f} tokens/s\n"
-            f"  context       {used} of {self.context} tokens\n"
-            f"  its KV cache  {format_size(used * stats['bytes_per_token'])},"
-            f" room for {stats['capacity_tokens']:,} tokens"
-        )
-
     def save(self, name: str) -> None:
         if not name:
             raise UsageError("no file named", "`/save talk.json`")
         path = Path(name).expanduser()
         document: dict[str, Any] = {
             "model": self.model,
-            "policy": self.config.resolved_policy().label,
+            "policy": self.policy,
             "messages": self.prompt(),
         }
         try:
@@ -287,6 +293,78 @@ class Chat:
 
     def leave(self, _: str) -> None:
         raise EOFError
+
+
+class LocalChat(Chat):
+    """With a model in this process."""
+
+    def __init__(
+        self, pipe: "Pipeline", config: EngineConfig, params: SamplingParams, model: str, system: str | None
+    ) -> None:
+        super().__init__(params, model, system)
+        self.pipe = pipe
+        self.config = config
+
+    @property
+    def policy(self) -> str:
+        return self.config.resolved_policy().label
+
+    def stream(self) -> Generator[Piece]:
+        prompt = self.fit()
+        answer = cast("Generator[Response]", self.pipe.stream_infer(prompt, params=self.params))
+        with closing(answer):
+            for delta in answer:
+                yield Piece(delta.text, delta.input_len, len(delta.token_ids))
+
+    def fit(self) -> list[dict[str, str]]:
+        """The conversation as a prompt; where the context can't hold all, its oldest exchanges go."""
+        dropped = 0
+        while True:
+            prompt = self.prompt()
+            room = self.context - self.count_tokens(prompt)
+            if room >= min(self.params.max_new_tokens, self.context // 4):
+                break
+            if len(self.messages) == 1:
+                if room > 0:
+                    break
+                raise KvqError(
+                    f"the message is longer than the context of {self.context} tokens",
+                    "shorten it, or raise `--kv-memory` or `--max-model-len` where these set the limit",
+                )
+            del self.messages[:2]
+            dropped += 2
+        if dropped:
+            self.warn_of_dropped(dropped)
+        return prompt
+
+    @property
+    def context(self) -> int:
+        """Most tokens that a conversation can have: the model's limit, or the cache's."""
+        assert self.pipe.engine is not None
+        return self.pipe.engine.plan.max_request_tokens
+
+    def count_tokens(self, messages: list[dict[str, str]]) -> int:
+        from kvq_core.prompts import encode
+
+        return len(encode(self.pipe.model, messages))
+
+    def set_policy(self, name: str) -> None:
+        if name:
+            config = self.config.replace(policy=name)
+            self.pipe.set_policy(config)
+            self.config = config
+        console.say(f"policy {self.policy}")
+
+    def show_stats(self, _: str) -> None:
+        stats, turn = self.pipe.kv_stats(), self.last
+        used = turn.input_tokens + turn.output_tokens
+        console.say(
+            f"  policy        {self.policy}, {stats['bits_per_element']:.2f} bits an element\n"
+            f"{turn.summary()}\n"
+            f"  context       {used} of {self.context} tokens\n"
+            f"  its KV cache  {format_size(used * stats['bytes_per_token'])},"
+            f" room for {stats['capacity_tokens']:,} tokens"
+        )
 
 
 @contextmanager

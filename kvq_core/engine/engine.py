@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,21 @@ from kvq_core.engine.memory import fit_cache
 from kvq_core.engine.request import Request, RequestOutput, Status
 from kvq_core.engine.runner import ModelRunner, PendingTokens
 from kvq_core.engine.scheduler import Scheduler, SchedulerConfig, Step
-from kvq_core.errors import KvqError
+from kvq_core.errors import KvqError, PromptTooLong
 from kvq_core.experts import install as install_experts
 from kvq_core.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests and pages of the cache at one moment, and preemptions so far."""
+
+    running: int
+    waiting: int
+    """Preempted requests among them."""
+    pages_used: int
+    pages: int
+    preemptions: int
 
 
 class Engine:
@@ -73,11 +86,23 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._in_flight) or self.scheduler.has_work
 
-    def add_request(self, prompt_ids: list[int], params: SamplingParams) -> int:
-        """Queue a prompt of token ids; returns the request's id.
+    @property
+    def load(self) -> Load:
+        """What runs and waits at this moment."""
+        groups = self.cache.blocks.groups
+        return Load(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting) + len(self.scheduler.swapped),
+            pages_used=sum(g.allocator.num_used for g in groups),
+            pages=sum(g.shape.num_pages - 1 for g in groups),
+            preemptions=self.scheduler.preemptions,
+        )
+
+    def check_prompt(self, prompt_ids: list[int]) -> int:
+        """How many tokens an answer to this prompt can have at most.
 
         Raises `KvqError` for a prompt that is empty, has ids outside the vocabulary, or leaves no room for a
-        token. Answers end early, with reason "length", where the model's or the cache's limit is reached.
+        token. Reads nothing that changes: any thread may call it.
         """
         room = self.plan.max_request_tokens
         if not prompt_ids:
@@ -92,12 +117,23 @@ class Engine:
                 if len(prompt_ids) >= limit
                 else (f"the KV cache holds {room}", "give the cache more `--kv-memory`")
             )
-            raise KvqError(f"a prompt of {len(prompt_ids)} tokens is too long: {what}, answer included", mend)
+            raise PromptTooLong(
+                f"a prompt of {len(prompt_ids)} tokens is too long: {what}, answer included", mend
+            )
+        return room - len(prompt_ids)
+
+    def add_request(self, prompt_ids: list[int], params: SamplingParams) -> int:
+        """Queue a prompt of token ids; returns the request's id.
+
+        Raises `KvqError` as `check_prompt` does. Answers end early, with reason "length", where the model's
+        or the cache's limit is reached.
+        """
+        room = self.check_prompt(prompt_ids)
         request = Request(
             id=self._next_id,
             prompt=list(prompt_ids),
             params=params,
-            max_tokens=min(params.max_new_tokens, room - len(prompt_ids)),
+            max_tokens=min(params.max_new_tokens, room),
         )
         self._next_id += 1
         self._requests[request.id] = request

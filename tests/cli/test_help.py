@@ -12,7 +12,18 @@ import typer
 from kvq_cli.app import app
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-HEAVY = ("torch", "triton", "transformers", "pandas", "numpy", "datasets", "matplotlib", "httpx")
+HEAVY = (
+    "torch",
+    "triton",
+    "transformers",
+    "pandas",
+    "numpy",
+    "datasets",
+    "matplotlib",
+    "httpx",
+    "fastapi",
+    "pydantic",
+)
 
 
 def kvq(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -21,7 +32,9 @@ def kvq(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_command_is_there() -> None:
-    assert {"run", "chat", "profile-throughput", "compare", "eval", "policies", "doctor"} <= set(COMMANDS)
+    assert {"run", "chat", "serve", "profile-throughput", "compare", "eval", "policies", "doctor"} <= set(
+        COMMANDS
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -70,7 +83,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     "flags", [("--policy", "--quant-policy"), ("--gpu-memory-utilization", "--cache-max-entry-count")]
 )
-@pytest.mark.parametrize("command", ["run", "chat", "profile-throughput"])
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "profile-throughput"])
 def test_aliases(command: str, flags: tuple[str, str]) -> None:
     parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
     assert any(set(flags) <= set(parameter.opts) for parameter in parameters)
