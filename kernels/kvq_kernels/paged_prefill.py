@@ -483,8 +483,6 @@ def _unpacks_fast(layout: PageLayout, device: torch.device) -> bool:
         and all(codec.scheme in WORD_ELEMENTS for codec in (layout.key, layout.value))
         and all(dim & (dim - 1) == 0 and 64 <= dim <= widest for dim in (layout.key_dim, layout.value_dim))
         and layout.page_size % 16 == 0
-        # lm4's levels are rounded to fp16 before they are scaled: too coarse beside an fp16 model
-        and (layout.dtype == torch.bfloat16 or "lm4" not in (layout.key.scheme, layout.value.scheme))
     )
 
 

@@ -265,7 +265,7 @@ def unpack_tile(
             )  # fmt: skip
             pairs = tl.join(tl.join(a, c), tl.join(b, d))
         elif SCHEME == "int4":
-            scale = _clamped(first, (_LARGEST_SUM - second) * (1 / 15))
+            scale = _clamped(first, (second - _LARGEST_SUM) * (-1 / 15))
             a, b, c, d = tl.inline_asm_elementwise(
                 _INT4, _4_FROM_3,
                 [word, _doubled(scale, W), _doubled(second, W)],
@@ -273,7 +273,7 @@ def unpack_tile(
             )  # fmt: skip
             pairs = tl.join(tl.join(a, c), tl.join(b, d))
         elif SCHEME == "int8":
-            scale = _clamped(first, (_LARGEST_SUM - second) * (1 / 255))
+            scale = _clamped(first, (second - _LARGEST_SUM) * (-1 / 255))
             a, b = tl.inline_asm_elementwise(
                 _INT8, _2_FROM_3,
                 [word, _doubled(scale, W), _doubled(second, W)],

@@ -105,7 +105,6 @@ else:
             "chunks": ((1, 20), (17, 1), (64, 33)),
         }
     )  # fmt: skip
-    UNPACKED = [axes for axes in UNPACKED if "lm4" not in axes["codecs"]]  # not taken beside fp16
 
     def run_assembly(assembly, constraints, operands, dtype, is_pure, pack):
         words = [x.handle.data.astype(np.int32).view(np.uint32) for x in operands]
