@@ -23,7 +23,7 @@ LEVELS: dict[int, tuple[float, ...]] = {
 
 S. Lloyd, Least squares quantization in PCM (1982); J. Max, Quantizing for minimum distortion (1960). At 2 and
 3 bits they are small multiples of a unit, so that kernels look them up as bytes, exactly; the distortion is
-that of the best levels to within 0.01%. At 4 bits such multiples cost a tenth in KL divergence.
+that of the best levels to within 0.01%. At 4 bits such multiples drift more.
 """
 
 LARGEST = float(2**30)

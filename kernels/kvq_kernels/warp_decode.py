@@ -103,11 +103,11 @@ def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexp
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
     else:
         COUNT: tl.constexpr = 8 if SCHEME == "turbo" else 4
-        TABLES: tl.constexpr = ptx.tables_held(SCHEME)
+        EXTRA: tl.constexpr = 3 if SCHEME == "turbo" else 0
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D),
-            ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + TABLES + COUNT // 4 * 2 - 2)),
-            pair + query + tables + (high0, high1)[0 : COUNT // 4 * 2 - 2],
+            ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + EXTRA)),
+            pair + query + (tables + (high0, high1))[0:EXTRA],
             dtype=ptx.types(COUNT, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
         a0, a1 = r[0].to(tl.float32), r[1].to(tl.float32)
@@ -204,11 +204,12 @@ def _warp_decode_kernel(
     share = tl.maximum(tl.cdiv(last - first, splits), min_tiles)
     first = first + part * share
     last = tl.minimum(first + share, last)
-    two = tl.arange(0, 8)
-    stats_at = stats + (((request * HEADS + head) * group + two) * parts + part) * 2
+    out = (request * HEADS + head) * group
     if first >= last:
-        tl.store(stats_at, tl.full((8,), float("-inf"), tl.float32), mask=two < group)
-        tl.store(stats_at + 1, tl.zeros((8,), tl.float32), mask=two < group)
+        every = tl.arange(0, 8)
+        nothing = stats + ((out + every) * parts + part) * 2
+        tl.store(nothing, tl.full((8,), float("-inf"), tl.float32), mask=every < group)
+        tl.store(nothing + 1, tl.zeros((8,), tl.float32), mask=every < group)
         return
 
     # the first tile is on its way while the query is prepared
@@ -242,8 +243,8 @@ def _warp_decode_kernel(
         power0, power1 = unit0 * 0.0 + LOG2E, unit1 * 0.0 + LOG2E
 
     held = ()
-    if ptx.tables_held(KEY) == 1:
-        held = (tl.inline_asm_elementwise(ptx.held_tables(KEY), "=&r,r", [lane], tl.int32, False, 1),)  # type: ignore[assignment]
+    if KEY == "turbo":
+        held = (tl.inline_asm_elementwise(ptx.held_table(), "=&r,r", [lane], tl.int32, False, 1),)  # type: ignore[assignment]
 
     STATE: tl.constexpr = ptx.step_state(D)
     W: tl.constexpr = ptx.value_words(VALUE, D)
@@ -292,7 +293,6 @@ def _warp_decode_kernel(
             values = values[V:] + _load_values(at[2], at[3], more, i, VALUE, D, T, P)
 
     # m, l and the sums of heads 2t and 2t + 1
-    out = (request * HEADS + head) * group
     bias0, bias1 = _sum_over_groups(state[4]), _sum_over_groups(state[5])
     l0, l1 = _sum_over_groups(state[2]), _sum_over_groups(state[3])
     into_m = 1.0 / exponent_unit(scale, CAP)

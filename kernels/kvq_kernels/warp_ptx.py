@@ -41,14 +41,16 @@ LM2_UNIT = LEVELS[2][3] / 183
 """A 2-bit level is ±55 or ±183 times this."""
 HALF_UNIT = 2.0**-24
 """The smallest fp16 number: the bits of an integer n below 1024 are the fp16 number n · HALF_UNIT."""
-FINGERPRINT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-"""Of this file: triton's cache of compiled kernels does not see what makes these strings."""
+FINGERPRINT = hashlib.sha256(Path(__file__).read_bytes() + repr(LEVELS).encode()).hexdigest()[:16]
+"""Of all that makes these strings: triton's cache of compiled kernels does not see it."""
 NO_MAXIMUM = -1.0e30
 """A running maximum before anything was seen: finite, so that differences are never NaN."""
 FIRST_SCALE = 2.0**60
 """Of values, before anything was seen: too large for any but zeros, so that the first step sets it."""
 GROWTH = 4.0
 """The running maximum follows only where scores exceed it by this many powers of two."""
+SMALLEST_QUERY = 2.0**-100
+"""Queries are scaled as if their largest element were at least this: nothing is divided by zero."""
 LARGE_VALUE = 2048.0
 """Weights times value scales stay below 2^GROWTH times this, which fp16 holds."""
 
@@ -68,12 +70,6 @@ def value_words(scheme: str, dim: int) -> int:
     """Registers of one token's value that a lane reads: an eighth (for lm2 at 64 dims half a word)."""
     bits = {"lm2": 2, "int4": 4, "int8": 8, "fp8": 8}.get(scheme, 16)
     return max(1, dim * bits // 256)
-
-
-@triton.constexpr_function
-def tables_held(scheme: str) -> int:
-    """Registers of look-up tables, see `held_tables`."""
-    return 1 if scheme == "turbo" else 0
 
 
 @triton.constexpr_function
@@ -106,6 +102,9 @@ def query_part(scheme: str, dim: int) -> int:
 def types(count: int, dtype: tl.dtype) -> tuple[tl.dtype, ...]:
     return (dtype,) * count
 
+
+_EVEN_ODD = ("0x6420", "0x7531")
+"""`prmt` selectors of the even and the odd bytes of two words."""
 
 # --- assembling ---------------------------------------------------------------------------------------------
 
@@ -180,7 +179,7 @@ class _Code:
         for lane_bit in (1, 2):
             sign, bit, predicate = self.new("f"), self.do("and.b32", t, str(lane_bit)), self.new("p")
             self.add(f"setp.eq.s32 {predicate}, {bit}, 0")
-            self.add(f"selp.f32 {sign}, 0f3F800000, 0fBF800000, {predicate}")
+            self.add(f"selp.f32 {sign}, {self.float(1.0)}, {self.float(-1.0)}, {predicate}")
             for i, own in enumerate(x):
                 other = self.do("shfl.sync.bfly.b32", own, str(lane_bit), "0x1f", "0xffffffff", kind="f")
                 x[i] = self.do("fma.rn.f32", own, sign, other, kind="f")
@@ -202,7 +201,7 @@ class _Code:
         return self.do("prmt.b32", low, high, "0x5410")
 
     def key_operands(self, scheme: str, words: Sequence[str], held: Sequence[str]) -> list[tuple[str, str]]:
-        """A token's words -> what its row brings to each product of 32 dims; `held`: as in `held_tables`."""
+        """A token's words -> what its row brings to each product of 32 dims; `held`: see `held_table`."""
         if scheme == "int8":
             return [(words[i], words[i + 1]) for i in range(0, len(words), 2)]
         if scheme == "int4":
@@ -276,9 +275,6 @@ def constraints(outputs: str, inputs: str) -> str:
     return ",".join([*("=&" + c for c in outputs), *inputs])
 
 
-_EVEN_ODD = ("0x6420", "0x7531")
-
-
 @triton.constexpr_function
 def step_state(dim: int) -> int:
     """Numbers that a step hands on: m, l and bias of two heads, the values' scale, and the sums."""
@@ -286,7 +282,10 @@ def step_state(dim: int) -> int:
 
 
 class _Blocks:
-    """One method for each block of the kernel: operands are outputs, then inputs."""
+    """One method for each block of the kernel: operands are outputs, then inputs.
+
+    Methods, because triton lets a `constexpr_function` call its like and classes, but no plain function.
+    """
 
     @staticmethod
     def load_keys(scheme: str, dim: int, step: int, page: int) -> str:
@@ -366,13 +365,13 @@ class _Blocks:
         if rotated:
             x = code.butterflies(x, t)
         largest = code.do("abs.f32", x[0], kind="f")
-        spoiled = code.do("mul.f32", x[0], "0f00000000", kind="f")
+        spoiled = code.do("mul.f32", x[0], code.float(0.0), kind="f")
         for value in x[1:]:
             largest = code.do("max.f32", largest, code.do("abs.f32", value, kind="f"), kind="f")
-            spoiled = code.do("fma.rn.f32", value, "0f00000000", spoiled, kind="f")
+            spoiled = code.do("fma.rn.f32", value, code.float(0.0), spoiled, kind="f")
         largest = code.reduce("max.f32", largest, (1, 2), "f")
         spoiled = code.reduce("add.f32", spoiled, (1, 2), "f")
-        largest = code.do("max.f32", largest, "0f0D800000", kind="f")  # 2^-100: never divides by zero
+        largest = code.do("max.f32", largest, code.float(SMALLEST_QUERY), kind="f")
         norm = dim**-0.5 if rotated else 1.0
         if scheme == "fp8":
             unit = code.do("and.b32", largest, "0x7f800000", kind="f")  # a power of two: fp16 stays exact
@@ -431,8 +430,8 @@ class _Blocks:
         Σ q·code in units of `unit`; for turbo then as many R, ½ Σ q·(residual sign). For fp8 and unquantized
         keys floats.
 
-        Inputs: words of tokens a and b, the query's registers, `held_tables`, and for turbo Σ high of both
-        heads.
+        Inputs: words of tokens a and b, the query's registers, and for turbo `held_table` and Σ high of
+        both heads.
         """
         code, words = _Code(), key_words(scheme, dim)
         registers, high = query_registers(scheme, dim)
@@ -440,7 +439,7 @@ class _Blocks:
         outputs = code.operands(0, count)
         a, b = code.operands(count, words), code.operands(count + words, words)
         query = code.operands(count + 2 * words, registers)
-        held = code.operands(count + 2 * words + registers, tables_held(scheme))
+        held = code.operands(count + 2 * words + registers, int(scheme == "turbo"))
         if scheme == "fp8" or scheme in PLAIN:
             sums = [code.do("mov.f32", code.float(0.0), kind="f") for _ in range(4)]
             for i in range(registers // 2):
@@ -525,9 +524,8 @@ class _Blocks:
             size = code.reduce("max.f32", size, (4, 8, 16), "f")
             large = code.new("p")
             code.add(f"setp.gt.f32 {large}, {size}, {code.float(LARGE_VALUE)}")
-            inverse = code.do(
-                "sub.s32", "0x82800000", code.do("and.b32", size, "0x7f800000")
-            )  # 2^7 / its power
+            power = code.do("and.b32", size, "0x7f800000")
+            inverse = code.do("sub.s32", "0x82800000", power)  # 2^7 / power
             code.add(f"selp.f32 {shrink}, {inverse}, {code.float(1.0)}, {large}")
             code.add(f"mul.f32 {value_scale}, {value_scale}, {shrink}")
         for head in range(2):
@@ -584,13 +582,12 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def held_tables(scheme: str) -> str:
+    def held_table() -> str:
         """Lower half of turbo's look-up table, which `prmt` takes from a register alone; the input is unused.
 
         ptxas must not know it for a constant, or it moves it anew each time: 1, the number of lanes that
         equal this one, is added on the way.
         """
-        assert scheme == "turbo"
         code = _Code()
         one = code.do("popc.b32", code.do("mov.u32", "%lanemask_eq"))
         code.add(f"add.s32 $0, {one}, {int(code.table(TURBO_LEVELS)[0], 16) - 1}")
@@ -645,8 +642,8 @@ def store_sums(dim: int, apart: bool) -> str:
 
 
 @triton.constexpr_function
-def held_tables(scheme: str) -> str:
-    return _Blocks().held_tables(scheme)
+def held_table() -> str:
+    return _Blocks().held_table()
 
 
 @triton.constexpr_function

@@ -14,7 +14,7 @@ from kvq_core.engine.request import Request, Status
 
 SMALLEST_CHUNK = 256
 MOST_PAIRS = 1 << 22
-"""Queries times earlier tokens of a chunk: about a decode step's time for a model with 32 query heads."""
+"""Queries times earlier tokens of a chunk: what bounds how long it holds up the decodes beside it."""
 
 
 @dataclass(frozen=True)
