@@ -13,13 +13,14 @@ from kvq_kernels.layout import PageLayout, RawWindow
 @lru_cache(maxsize=1)
 def _triton() -> SimpleNamespace:
     """The Triton launchers; imported on first use, triton exists on Linux alone."""
-    from kvq_kernels import paged_decode, paged_prefill, quantize_store
+    from kvq_kernels import moe, paged_decode, paged_prefill, quantize_store
 
     return SimpleNamespace(
         store=quantize_store.store,
         store_raw=quantize_store.store_raw,
         paged_decode=paged_decode.paged_decode,
         paged_prefill=paged_prefill.paged_prefill,
+        route=moe.route,
     )
 
 
@@ -87,3 +88,8 @@ def paged_prefill(
         max_history=max_history, scale=scale, window=window, softcap=softcap, sinks=sinks, raw=raw,
         rings=rings,
     )  # fmt: skip
+
+
+def route(logits: Tensor, top_k: int, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `reference.route`."""
+    return _backend(logits).route(logits, top_k, normalize, dtype)

@@ -3,7 +3,7 @@
 A decode step gives each expert a handful of tokens, so its time is that of reading the weights once. Weights
 are the M side of every product and tokens the N side: few tokens waste nothing. Four launches: each expert's
 token list, gate and up with SiLU in the epilogue, down, and the sum over a token's experts. No launch depends
-on the routing, so CUDA graphs can hold them, and every sum has a fixed order.
+on the routing, so CUDA graphs can hold them, and every sum has a fixed order. The router is one more.
 
 Shapes: T tokens, K experts a token, E experts, H hidden, I intermediate size; a pair is t · K + k.
 """
@@ -16,6 +16,38 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_TOKENS = 1024
 """Steps of more tokens are bound by arithmetic: torch's grouped GEMM serves them better."""
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr, weights_ptr, index_ptr,
+    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """One token a program. Top-k as maxima of integers: a logit's bits, in its order, then the expert."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EP)
+    logits = tl.load(logits_ptr + token * E + expert, mask=expert < E, other=float("-inf")).to(tl.float32)
+    top = tl.max(logits, 0)
+    total = tl.sum(tl.exp(logits - top), 0)
+    bits = logits.to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (order.to(tl.int64) << 32) | (EP - 1 - expert)
+    least = -0x8000000000000000
+    key = tl.where(expert < E, key, least)
+    place = tl.arange(0, KP)
+    chosen = tl.full((KP,), 0, tl.int64)
+    for k in tl.static_range(TOP_K):
+        best = tl.max(key, 0)
+        chosen = tl.where(place == k, best, chosen)
+        key = tl.where(key == best, least, key)
+    order = (chosen >> 32).to(tl.int32)
+    bits = order ^ ((order >> 31) & 0x7FFFFFFF)
+    weights = tl.where(place < TOP_K, tl.exp(bits.to(tl.float32, bitcast=True) - top) / total, 0.0)
+    if NORMALIZE:
+        weights /= tl.sum(weights, 0)
+    out = token * TOP_K + place
+    tl.store(weights_ptr + out, weights.to(weights_ptr.dtype.element_ty), mask=place < TOP_K)
+    tl.store(index_ptr + out, EP - 1 - (chosen & 0xFFFFFFFF), mask=place < TOP_K)
 
 
 @triton.jit
@@ -117,6 +149,20 @@ def takes(gate_up: Tensor, down: Tensor) -> bool:
     return hidden % 128 == 0 and intermediate % 64 == 0 and gate_up.dtype in (torch.bfloat16, torch.float16)
 
 
+def route(logits: Tensor, top_k: int, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `reference.route`; one launch."""
+    tokens, count = logits.shape
+    logits = logits.contiguous()
+    weights = torch.empty(tokens, top_k, dtype=dtype, device=logits.device)
+    index = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
+    if tokens:
+        _route_kernel[(tokens,)](
+            logits, weights, index, E=count, EP=triton.next_power_of_2(count),
+            TOP_K=top_k, KP=triton.next_power_of_2(top_k), NORMALIZE=normalize, num_warps=1,
+        )  # fmt: skip
+    return weights, index
+
+
 def experts(
     hidden: Tensor,
     top_k_index: Tensor,
@@ -149,25 +195,32 @@ def experts(
         TOP_K=top_k, MASKED=valid is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
     ieee = hidden.dtype == torch.float32
-    up_rows, depth = 64, 128 if width % 128 == 0 else 64
+    up_rows, (depth, stages) = 64, _ring(columns, width)
     weights = TensorDescriptor.from_tensor(gate_up.view(-1, width), [up_rows, depth])
     _gate_up_kernel[(num_experts * (intermediate // up_rows),)](
         hidden, weights, lists, counts, act, tokens,
         TOP_K=top_k, H=width, I=intermediate, BM=up_rows, BN=columns, BK=depth,
-        STAGES=3, IEEE=ieee, num_warps=4,
+        STAGES=stages, IEEE=ieee, num_warps=4,
     )  # fmt: skip
-    down_rows, depth = 128, 128 if intermediate % 128 == 0 else 64
+    down_rows, (depth, stages) = 128, _ring(columns, intermediate)
     weights = TensorDescriptor.from_tensor(down.view(-1, intermediate), [down_rows, depth])
     _down_kernel[(num_experts * (width // down_rows),)](
         act, weights, lists, counts, top_k_weights, parts, tokens,
         H=width, I=intermediate, BM=down_rows, BN=columns, BK=depth,
-        STAGES=3, IEEE=ieee, num_warps=4,
+        STAGES=stages, IEEE=ieee, num_warps=4,
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(width))
     _sum_kernel[(tokens, triton.cdiv(width, block))](
         parts, out, H=width, TOP_K=top_k, BLOCK=block, num_warps=4
     )
     return out
+
+
+def _ring(columns: int, length: int) -> tuple[int, int]:
+    """Elements of a weight row in a stage, and stages: two programs must fit a multiprocessor."""
+    if columns == 16 and length % 128 == 0:
+        return 128, 3
+    return 64, 5 if columns <= 32 else 4
 
 
 def _columns(mean: float) -> int:

@@ -436,6 +436,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) ->
 # --- experts ------------------------------------------------------------------------------------------------
 
 
+def route(logits: Tensor, top_k: int, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Softmax over experts, then the most likely ones: logits [T, E] -> weights [T, K] `dtype`, index [T, K].
+
+    Largest first, of equal ones the lower index (int64); `normalize` makes the weights of a token sum to 1.
+    """
+    probabilities = logits.to(working_dtype(logits.dtype)).softmax(-1)
+    index = logits.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    weights = probabilities.gather(1, index)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.to(dtype), index
+
+
 def experts(
     hidden: Tensor,
     top_k_index: Tensor,

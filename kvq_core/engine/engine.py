@@ -11,6 +11,7 @@ import torch
 from kvq_core.cache.paged import PagedCache
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.compiled import compile_layers, or_uncompiled
+from kvq_core.engine.joint import join_projections
 from kvq_core.engine.memory import fit_cache
 from kvq_core.engine.request import Request, RequestOutput, Status
 from kvq_core.engine.runner import ModelRunner, PendingTokens
@@ -50,6 +51,7 @@ class Engine:
         if on_gpu and model.dtype.itemsize == 2:
             install_experts(model.model)
             if config.compile:
+                join_projections(model.model)
                 compile_layers(model)
         self.config, self.plan = or_uncompiled(model, lambda: fit_cache(model, config))
         assert self.config.max_model_len and self.config.max_num_batched_tokens

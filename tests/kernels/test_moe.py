@@ -55,6 +55,21 @@ if INSIDE or torch.cuda.is_available():
         error = (out.double() - expected)[rows].norm() / expected[rows].norm()
         assert error < 2e-3
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+    @pytest.mark.parametrize("count,top_k", [(128, 8), (60, 4), (8, 2), (5, 1)])
+    def test_route_equals_the_twin(count: int, top_k: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(count)
+        logits = (3 * torch.randn(9, count, generator=generator)).to(DEVICE, dtype)
+        logits[1] = 0  # all equal: the first experts
+        logits[2] = -logits[2].abs()
+        logits[3, ::2] = float("-inf")
+        for normalize in (True, False):
+            weights, index = moe.route(logits, top_k, normalize, torch.float32)
+            expected, chosen = reference.route(logits, top_k, normalize, torch.float32)
+            assert index.equal(chosen) and index.dtype == torch.int64
+            torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+            assert moe.route(logits, top_k, normalize, dtype)[0].dtype == dtype
+
     def test_padding_costs_no_expert() -> None:
         """Tokens that are not valid are in no expert's list: NaN in them reaches nobody."""
         x = torch.randn(6, 128).to(DEVICE, torch.float16)
