@@ -16,6 +16,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_TOKENS = 1024
 """Steps of more tokens are bound by arithmetic: torch's grouped GEMM serves them better."""
+UP_ROWS, DOWN_ROWS = 64, 128
+"""Rows of weights a program: of gate and up each, and of down."""
+STAGES = {"FEW": 5, "SOME": 5, "MANY": 4}
+"""Stages of weights and tokens on their way, for tiles of 16, 32 and 64 tokens: two programs must fit the
+shared memory of a multiprocessor. An expert's tile is as large as its tokens need: routing is skewed, and a
+second pass over the weights costs as much as the first."""
 
 
 @triton.jit
@@ -71,64 +77,115 @@ def _lists_kernel(
 
 
 @triton.jit
-def _gate_up_kernel(
-    x_ptr, weights, lists_ptr, counts_ptr, act_ptr, capacity,
+def _gate_up_columns(
+    x_ptr, weights, list_ptr, act_ptr, start, count, expert, tile,
     TOP_K: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """act[pair, i] = silu(gate) · up for BM values of i and all tokens of one expert."""
+    """act[pair, i] = silu(gate) · up for BM values of i and BN tokens of an expert's list from `start` on."""
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    columns = start + tl.arange(0, BN)
+    real = columns < count
+    pair = tl.load(list_ptr + columns, mask=real, other=0)
+    token = (pair // TOP_K).to(tl.int64)
+    gate = tl.zeros((BM, BN), dtype=tl.float32)
+    up = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in tl.range(0, H, BK, num_stages=STAGES):
+        x = tl.load(
+            x_ptr + token[None, :] * H + (k + tl.arange(0, BK))[:, None], mask=real[None, :], other=0.0
+        )
+        w_gate = weights.load([expert * 2 * I + tile * BM, k])
+        w_up = weights.load([expert * 2 * I + I + tile * BM, k])
+        gate = tl.dot(w_gate, x, gate, input_precision=precision)
+        up = tl.dot(w_up, x, up, input_precision=precision)
+    act = gate * tl.sigmoid(gate) * up
+    rows = tile * BM + tl.arange(0, BM)
+    out = act_ptr + pair.to(tl.int64)[None, :] * I + rows[:, None]
+    tl.store(out, act.to(act_ptr.dtype.element_ty), mask=real[None, :])
+
+
+@triton.jit
+def _gate_up_kernel(
+    x_ptr, weights, lists_ptr, counts_ptr, act_ptr, capacity,
+    TOP_K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """BM values of i of one expert, for all its tokens; FEW, SOME and MANY are the stages of tiles that hold
+    16, 32 and 64 of them."""
     tiles: tl.constexpr = I // BM
     expert = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     count = tl.load(counts_ptr + expert)
+    list_ptr = lists_ptr + expert * capacity
+    for start in range(0, count, 64):
+        if count - start <= 16:
+            _gate_up_columns(
+                x_ptr, weights, list_ptr, act_ptr, start, count, expert, tile,
+                TOP_K, H, I, BM, 16, BK, FEW, IEEE,
+            )  # fmt: skip
+        elif count - start <= 32:
+            _gate_up_columns(
+                x_ptr, weights, list_ptr, act_ptr, start, count, expert, tile,
+                TOP_K, H, I, BM, 32, BK, SOME, IEEE,
+            )  # fmt: skip
+        else:
+            _gate_up_columns(
+                x_ptr, weights, list_ptr, act_ptr, start, count, expert, tile,
+                TOP_K, H, I, BM, 64, BK, MANY, IEEE,
+            )  # fmt: skip
+
+
+@triton.jit
+def _down_columns(
+    act_ptr, weights, list_ptr, routing_ptr, out_ptr, start, count, expert, tile,
+    H: tl.constexpr, I: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """out[pair, h] = routing weight · (down · act)[h] for BM values of h and BN tokens from `start` on."""
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
-    for start in range(0, count, BN):
-        columns = start + tl.arange(0, BN)
-        real = columns < count
-        pair = tl.load(lists_ptr + expert * capacity + columns, mask=real, other=0)
-        token = (pair // TOP_K).to(tl.int64)
-        gate = tl.zeros((BM, BN), dtype=tl.float32)
-        up = tl.zeros((BM, BN), dtype=tl.float32)
-        for k in tl.range(0, H, BK, num_stages=STAGES):
-            x = tl.load(
-                x_ptr + token[None, :] * H + (k + tl.arange(0, BK))[:, None], mask=real[None, :], other=0.0
-            )
-            w_gate = weights.load([expert * 2 * I + tile * BM, k])
-            w_up = weights.load([expert * 2 * I + I + tile * BM, k])
-            gate = tl.dot(w_gate, x, gate, input_precision=precision)
-            up = tl.dot(w_up, x, up, input_precision=precision)
-        act = gate * tl.sigmoid(gate) * up
-        rows = tile * BM + tl.arange(0, BM)
-        out = act_ptr + pair.to(tl.int64)[None, :] * I + rows[:, None]
-        tl.store(out, act.to(act_ptr.dtype.element_ty), mask=real[None, :])
+    columns = start + tl.arange(0, BN)
+    real = columns < count
+    pair = tl.load(list_ptr + columns, mask=real, other=0).to(tl.int64)
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in tl.range(0, I, BK, num_stages=STAGES):
+        act = tl.load(
+            act_ptr + pair[None, :] * I + (k + tl.arange(0, BK))[:, None], mask=real[None, :], other=0.0
+        )
+        acc = tl.dot(weights.load([expert * H + tile * BM, k]), act, acc, input_precision=precision)
+    acc *= tl.load(routing_ptr + pair, mask=real, other=0.0).to(tl.float32)[None, :]
+    rows = tile * BM + tl.arange(0, BM)
+    out = out_ptr + pair[None, :] * H + rows[:, None]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=real[None, :])
 
 
 @triton.jit
 def _down_kernel(
     act_ptr, weights, lists_ptr, counts_ptr, routing_ptr, out_ptr, capacity,
-    H: tl.constexpr, I: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """out[pair, h] = routing weight · (down · act)[h] for BM values of h and all tokens of one expert."""
+    """BM values of h of one expert, for all its tokens; stages as in `_gate_up_kernel`."""
     tiles: tl.constexpr = H // BM
     expert = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     count = tl.load(counts_ptr + expert)
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
-    for start in range(0, count, BN):
-        columns = start + tl.arange(0, BN)
-        real = columns < count
-        pair = tl.load(lists_ptr + expert * capacity + columns, mask=real, other=0).to(tl.int64)
-        acc = tl.zeros((BM, BN), dtype=tl.float32)
-        for k in tl.range(0, I, BK, num_stages=STAGES):
-            act = tl.load(
-                act_ptr + pair[None, :] * I + (k + tl.arange(0, BK))[:, None], mask=real[None, :], other=0.0
-            )
-            acc = tl.dot(weights.load([expert * H + tile * BM, k]), act, acc, input_precision=precision)
-        acc *= tl.load(routing_ptr + pair, mask=real, other=0.0).to(tl.float32)[None, :]
-        rows = tile * BM + tl.arange(0, BM)
-        out = out_ptr + pair[None, :] * H + rows[:, None]
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=real[None, :])
+    list_ptr = lists_ptr + expert * capacity
+    for start in range(0, count, 64):
+        if count - start <= 16:
+            _down_columns(
+                act_ptr, weights, list_ptr, routing_ptr, out_ptr, start, count, expert, tile,
+                H, I, BM, 16, BK, FEW, IEEE,
+            )  # fmt: skip
+        elif count - start <= 32:
+            _down_columns(
+                act_ptr, weights, list_ptr, routing_ptr, out_ptr, start, count, expert, tile,
+                H, I, BM, 32, BK, SOME, IEEE,
+            )  # fmt: skip
+        else:
+            _down_columns(
+                act_ptr, weights, list_ptr, routing_ptr, out_ptr, start, count, expert, tile,
+                H, I, BM, 64, BK, MANY, IEEE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -188,41 +245,24 @@ def experts(
     act = torch.empty(pairs, intermediate, dtype=hidden.dtype, device=device)
     parts = torch.empty(pairs, width, dtype=hidden.dtype, device=device)
     out = torch.empty_like(hidden)
-    columns = _columns(pairs / num_experts)
     block = min(1024, triton.next_power_of_2(pairs))
     _lists_kernel[(num_experts,)](
         top_k_index, top_k_index if valid is None else valid, lists, counts, pairs, tokens,
         TOP_K=top_k, MASKED=valid is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    ieee = hidden.dtype == torch.float32
-    up_rows, (depth, stages) = 64, _ring(columns, width)
-    weights = TensorDescriptor.from_tensor(gate_up.view(-1, width), [up_rows, depth])
-    _gate_up_kernel[(num_experts * (intermediate // up_rows),)](
+    options = {"BK": 64, "IEEE": hidden.dtype == torch.float32, "num_warps": 4, **STAGES}
+    weights = TensorDescriptor.from_tensor(gate_up.view(-1, width), [UP_ROWS, 64])
+    _gate_up_kernel[(num_experts * (intermediate // UP_ROWS),)](
         hidden, weights, lists, counts, act, tokens,
-        TOP_K=top_k, H=width, I=intermediate, BM=up_rows, BN=columns, BK=depth,
-        STAGES=stages, IEEE=ieee, num_warps=4,
+        TOP_K=top_k, H=width, I=intermediate, BM=UP_ROWS, **options,
     )  # fmt: skip
-    down_rows, (depth, stages) = 128, _ring(columns, intermediate)
-    weights = TensorDescriptor.from_tensor(down.view(-1, intermediate), [down_rows, depth])
-    _down_kernel[(num_experts * (width // down_rows),)](
+    weights = TensorDescriptor.from_tensor(down.view(-1, intermediate), [DOWN_ROWS, 64])
+    _down_kernel[(num_experts * (width // DOWN_ROWS),)](
         act, weights, lists, counts, top_k_weights, parts, tokens,
-        H=width, I=intermediate, BM=down_rows, BN=columns, BK=depth,
-        STAGES=stages, IEEE=ieee, num_warps=4,
+        H=width, I=intermediate, BM=DOWN_ROWS, **options,
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(width))
     _sum_kernel[(tokens, triton.cdiv(width, block))](
         parts, out, H=width, TOP_K=top_k, BLOCK=block, num_warps=4
     )
     return out
-
-
-def _ring(columns: int, length: int) -> tuple[int, int]:
-    """Elements of a weight row in a stage, and stages: two programs must fit a multiprocessor."""
-    if columns == 16 and length % 128 == 0:
-        return 128, 3
-    return 64, 5 if columns <= 32 else 4
-
-
-def _columns(mean: float) -> int:
-    """Tokens a tile, for a mean number of tokens an expert: few reloads of weights, little padding."""
-    return 16 if mean <= 6 else 32 if mean <= 16 else 64
