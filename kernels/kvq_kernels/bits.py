@@ -335,6 +335,9 @@ def _store_rotated(
         factor = norm * tl.sqrt_rn(tl.div_rn(tl.sum(y * y, 1), square))
     if NORM == "unbiased":
         factor = norm * _divide(tl.sum(y * y, 1), dot)
+    if NORM == "balanced":
+        power = tl.sum(y * y, 1)
+        factor = norm * tl.sqrt_rn(tl.sqrt_rn(tl.div_rn(power, square)) * _divide(power, dot))
     if SCHEME == "qjl":
         rest = y - coded
         scale = tl.sqrt_rn(tl.sum(rest * rest, 1))

@@ -12,7 +12,8 @@ class EncoderOptions:
     """How a rotated codec chooses its codes; none of it changes how bytes are read."""
 
     norm_mode: str = "corrected"
-    """plain | corrected (decoded vectors keep their length) | unbiased (their projection on x is x)"""
+    """plain | corrected (decoded vectors keep their length) | unbiased (their projection on x is x) |
+    balanced (the geometric mean of these two)"""
     residual: str = "abs"
     """The residual scale of `turbo`: abs (least squares) | rms (as LMDeploy stores it)"""
     candidates: tuple[float, ...] = (1.0,)

@@ -40,16 +40,16 @@ def nearest(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def stored_norm(y: Tensor, coded: Tensor, norm: Tensor, mode: str) -> Tensor:
     """The fp16 number [..., 1] that multiplies `coded`, which stands for y = x / norm.
 
-    plain: the norm itself; corrected: the decoded vector is as long as x; unbiased: its projection on x is x.
+    plain: the norm itself; corrected: the decoded vector is as long as x; unbiased: its projection on x is x;
+    balanced: the geometric mean of these two.
     """
     if mode == "plain":
-        factor = torch.ones_like(norm)
-    elif mode == "corrected":
-        factor = (y.square().sum(-1, keepdim=True) / coded.square().sum(-1, keepdim=True)).sqrt()
-    else:
-        assert mode == "unbiased", mode
-        factor = safe_divide(y.square().sum(-1, keepdim=True), (y * coded).sum(-1, keepdim=True))
-    return to_half(norm * factor)
+        return to_half(norm)
+    power = y.square().sum(-1, keepdim=True)
+    corrected = (power / coded.square().sum(-1, keepdim=True)).sqrt()
+    unbiased = safe_divide(power, (y * coded).sum(-1, keepdim=True))
+    factors = {"corrected": corrected, "unbiased": unbiased, "balanced": (corrected * unbiased).sqrt()}
+    return to_half(norm * factors[mode])
 
 
 def alignment(y: Tensor, coded: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ else:
 
     @pytest.mark.parametrize("anchor", ["rms", "peak"])
     @pytest.mark.parametrize("residual", ["abs", "rms"])
-    @pytest.mark.parametrize("norm", ["plain", "corrected", "unbiased"])
+    @pytest.mark.parametrize("norm", ["plain", "corrected", "unbiased", "balanced"])
     @pytest.mark.parametrize("name", ["lm2", "turbo"])
     def test_store_with_scale_candidates(name: str, norm: str, residual: str, anchor: str) -> None:
         """Every way of choosing codes gives the twin's bytes."""
