@@ -122,7 +122,8 @@ def explain(name: str, error: Exception) -> KvqError:
             f"{name!r} is of an architecture that this transformers does not know: {text}",
             "models that bring their own code are not run; a newer transformers may know it",
         )
-    where = f"the folder {name!r}" if local else repr(name)
+    kind = "file" if Path(name).expanduser().is_file() else "folder"
+    where = f"the {kind} {name!r}" if local else repr(name)
     if not isinstance(error, OSError | ValueError):
         text = f"{type(error).__name__}: {text}"
     return KvqError(
