@@ -42,6 +42,8 @@ class EngineConfig:
     prefill_chunk: int = 2048
     """Prompts are processed in chunks of this many tokens, counted from the prompt's start; far into a long
     one of half as many, a quarter and so on."""
+    prefix_caching: bool = False
+    """Keep the whole chunks of prompts for prompts that begin alike; tokens are the same."""
     max_model_len: int | None = None
     """Longest prompt + answer; None: the model's own limit."""
     enforce_eager: bool = False
@@ -72,6 +74,11 @@ class EngineConfig:
 
     def replace(self, **changes: Any) -> "EngineConfig":
         return replace(self, **changes)
+
+
+SERVING = EngineConfig(prefix_caching=True, prefill_chunk=256)
+"""Defaults where prompts begin like earlier ones, as the turns of a conversation do. Chunks are smaller, because
+only whole ones are cached."""
 
 
 @dataclass(frozen=True)

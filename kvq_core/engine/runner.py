@@ -59,6 +59,8 @@ class ModelRunner:
             self.cache.swap_out(swap.request.id, swap.row, swap.pages)
         for swap in step.swap_in:
             self.cache.swap_in(swap.request.id, swap.row, swap.pages)
+        for chunk, row in step.raw_in:
+            self.cache.raw_in(chunk, row)
         if not step.num_tokens:
             return PendingTokens(self.last_tokens[:0], None)
         self.cache.sync_tables()
@@ -78,6 +80,8 @@ class ModelRunner:
             longest = max((c.end - c.start for c in step.chunks), default=0)
             history = max((c.start for c in step.chunks), default=0)
             logits = self._forward(inputs, longest, history, max(step.context_lens, default=0), padded=False)
+        for row, chunk in step.raw_out:
+            self.cache.raw_out(row, chunk)
         return self._sample(step, logits, inputs)
 
     @property
