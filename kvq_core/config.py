@@ -77,8 +77,8 @@ class EngineConfig:
 
 
 SERVING = EngineConfig(prefix_caching=True, prefill_chunk=256)
-"""Defaults where prompts begin like earlier ones, as the turns of a conversation do. Chunks are smaller, because
-only whole ones are cached."""
+"""Defaults where prompts begin like earlier ones, as the turns of a conversation do. Chunks are smaller,
+because only whole ones are cached."""
 
 
 @dataclass(frozen=True)

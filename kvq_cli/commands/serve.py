@@ -16,13 +16,13 @@ from kvq_cli.options import (
     engine_options,
     parse_size,
 )
-from kvq_core.config import EngineConfig, ServerConfig
+from kvq_core.config import SERVING, EngineConfig, ServerConfig
 from kvq_core.errors import KvqError
 
 DEFAULTS = ServerConfig()
 
 
-@engine_options()
+@engine_options(defaults=SERVING)
 def serve(
     model: Model = DEFAULT_MODEL,
     host: Annotated[

@@ -37,6 +37,8 @@ class Choice:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    cached_tokens: int = 0
+    """Tokens of its prompt that the prefix cache held."""
 
 
 class Answers:
@@ -110,6 +112,7 @@ class Answers:
             text, choice.finish_reason = choice.detokenizer.take(output, choice.ends)
             choice.text += text
             choice.token_ids += output.token_ids
+            choice.cached_tokens = output.cached_tokens
             if choice.finish_reason is not None:
                 self._generation.cancel(index, choice.finish_reason)  # a stop string is news to the engine
             yield Delta(index, text, output.token_ids, choice.finish_reason)
@@ -118,12 +121,16 @@ class Answers:
         entry: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finish_reason}
         return entry | ({"token_ids": token_ids} if self._asked.return_token_ids else {})
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         completion = sum(len(choice.token_ids) for choice in self._choices)
+        first = self._choices[
+            :: self._asked.choices
+        ]  # of each prompt, the others begin with what it computed
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in first)},
         }
 
 

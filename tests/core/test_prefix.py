@@ -1,7 +1,7 @@
 """Cached prefixes: random traces on a simulated device, and the same tokens from an engine with and without.
 
-A simulated page holds, for each token, what its bytes would depend on: all tokens up to it, and the chunk that
-it was computed in.
+A simulated page holds, for each token, what its bytes would depend on: all tokens up to it, and the chunk
+that it was computed in.
 """
 
 import random
