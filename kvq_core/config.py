@@ -94,6 +94,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """Tokens come with their log-probabilities, and with those of this many of the likeliest."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -104,6 +106,8 @@ class SamplingParams:
             raise UsageError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise UsageError(f"top_k must not be negative, got {self.top_k}")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise UsageError(f"logprobs must not be negative, got {self.logprobs}")
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,8 @@ class Engine:
 
     def _update(self, step: Step, pending: PendingTokens) -> list[RequestOutput]:
         tokens, now, outputs = pending.get(), time.perf_counter(), []
-        for request, token in zip(step.sampled, tokens, strict=True):
+        logprobs = pending.get_logprobs()
+        for index, (request, token) in enumerate(zip(step.sampled, tokens, strict=True)):
             if request.status is Status.FINISHED:
                 continue  # ended while this step was under way
             request.output.append(token)
@@ -219,7 +220,15 @@ class Engine:
                 self._finish(request)
                 del self._requests[request.id]
             outputs.append(
-                RequestOutput(request.id, [token], reason is not None, reason, now, request.cached_tokens)
+                RequestOutput(
+                    request.id,
+                    [token],
+                    finished=reason is not None,
+                    finish_reason=reason,
+                    time=now,
+                    cached_tokens=request.cached_tokens,
+                    logprobs=[logprobs[index]] if index in logprobs else None,
+                )
             )
         return outputs
 

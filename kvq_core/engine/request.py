@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from kvq_core.config import SamplingParams
+from kvq_core.engine.logprobs import TokenLogprob
 
 
 class Status(Enum):
@@ -77,3 +78,5 @@ class RequestOutput:
     time: float
     cached_tokens: int = 0
     """Tokens of the prompt that were found in the cache."""
+    logprobs: list[TokenLogprob] | None = None
+    """Of each new token, where the request asked for them."""

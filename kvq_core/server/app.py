@@ -110,6 +110,8 @@ class Service:
     ) -> Response:
         """Generate; `param` names the field of the prompts in errors."""
         self.check_model(asked.model)
+        if asked.logprobs_asked is not None and self.model.tokenizer is None:
+            raise ApiError(400, "the model has no tokenizer to name tokens with", param="logprobs")
         if asked.stop and self.model.tokenizer is None:
             raise ApiError(
                 400, "the model has no tokenizer for stop strings; use `stop_token_ids`", param="stop"

@@ -62,7 +62,7 @@ def slow(running: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -
         (HI | {"prompt": [999]}, "prompt", None, "outside 0 … 259"),
         (HI | {"prompt": [{"role": "user"}]}, "prompt", None, "chat/completions"),
         (HI | {"stop": ["x"] * 17}, "stop", None, "at most 16"),
-        (HI | {"logprobs": 3}, "logprobs", "unsupported_parameter", "`logprobs` is not supported"),
+        (HI | {"best_of": 3}, "best_of", "unsupported_parameter", "`best_of` is not supported"),
         (HI | {"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter", "not supported"),
         (HI | {"colour": "red"}, "colour", "unknown_parameter", "unknown field `colour`"),
         (HI | {"stream_options": {}}, "stream_options", None, "needs `stream`"),
