@@ -3,7 +3,15 @@
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from kvq_core.config import SamplingParams
 from kvq_core.errors import KvqError
@@ -35,6 +43,9 @@ NEUTRAL: dict[str, list[Any]] = {
 }
 """Fields that are not supported -> values, beside null, that ask for nothing."""
 MOST_LOGPROBS = 20
+IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+PROMPT = {"anyOf": [{"type": "string"}, TEXTS, IDS, {"type": "array", "items": IDS, "minItems": 1}]}
 EXTENSIONS = "top_k, stop_token_ids, ignore_eos, return_token_ids"
 
 
@@ -141,7 +152,7 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     default_max_tokens = 16
 
-    prompt: Any
+    prompt: Annotated[Any, WithJsonSchema(PROMPT)]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @field_validator("prompt")
