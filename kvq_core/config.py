@@ -34,7 +34,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     """Share of the device's memory that weights, activations and cache may use together."""
     swap_memory: int = 4 << 30
-    """Bytes of host memory for the pages of preempted requests."""
+    """Bytes of host memory for the pages of preempted requests, and for the unquantized tokens that a window
+    (`sink`, `recent`) adds to cached chunks."""
     max_num_seqs: int = 256
     """Requests that run at the same time."""
     max_num_batched_tokens: int | None = None
