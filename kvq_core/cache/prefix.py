@@ -7,7 +7,7 @@ and nothing less: what follows a hit reads the same bytes, in the same chunks, a
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -54,7 +54,7 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._chunks)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[CachedChunk]:
         return iter(self._chunks.values())
 
     def get(self, key: bytes) -> CachedChunk | None:
