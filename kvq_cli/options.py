@@ -256,6 +256,15 @@ PrefillChunk = Annotated[
         rich_help_panel=ENGINE_PANEL,
     ),
 ]
+PrefixCaching = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-caching/--no-prefix-caching",
+        help="Keep what was computed of prompts, in whole chunks (--prefill-chunk), for prompts that begin "
+        "alike. Tokens are the same, and its pages are given up when they are needed.",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(
@@ -365,6 +374,7 @@ ENGINE_FLAGS: dict[str, Any] = {
     "load_format": LoadFormat,
     "max_num_seqs": MaxNumSeqs,
     "prefill_chunk": PrefillChunk,
+    "prefix_caching": PrefixCaching,
     "max_model_len": MaxModelLen,
     "enforce_eager": EnforceEager,
     "seed": Seed,
@@ -372,7 +382,9 @@ ENGINE_FLAGS: dict[str, Any] = {
 """Field of `EngineConfig` -> its flag."""
 
 
-def engine_options(without: Collection[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def engine_options(
+    without: Collection[str] = (), defaults: EngineConfig = DEFAULTS
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command every engine flag but those in `without`; it receives one `config: EngineConfig`."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -387,7 +399,7 @@ def engine_options(without: Collection[str] = ()) -> Callable[[Callable[..., Any
         signature = inspect.signature(command)
         parameters = [p.replace(kind=kind) for p in signature.parameters.values() if p.name != "config"]
         parameters += [
-            inspect.Parameter(name, kind, default=_flag_default(name), annotation=flag)
+            inspect.Parameter(name, kind, default=_flag_default(name, defaults), annotation=flag)
             for name, flag in flags.items()
         ]
         with_config.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -405,8 +417,8 @@ def name_the_flag(error: UsageError, command: str) -> UsageError:
     return UsageError(message, error.hint or f"`{command} --help` shows every option")
 
 
-def _flag_default(name: str) -> Any:
-    value = getattr(DEFAULTS, name)
+def _flag_default(name: str, defaults: EngineConfig) -> Any:
+    value = getattr(defaults, name)
     return str(value) if name == "policy" else value
 
 

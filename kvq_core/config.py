@@ -34,7 +34,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     """Share of the device's memory that weights, activations and cache may use together."""
     swap_memory: int = 4 << 30
-    """Bytes of host memory for the pages of preempted requests."""
+    """Bytes of host memory for the pages of preempted requests, and for the unquantized tokens that a window
+    (`sink`, `recent`) adds to cached chunks."""
     max_num_seqs: int = 256
     """Requests that run at the same time."""
     max_num_batched_tokens: int | None = None
@@ -42,6 +43,8 @@ class EngineConfig:
     prefill_chunk: int = 2048
     """Prompts are processed in chunks of this many tokens, counted from the prompt's start; far into a long
     one of half as many, a quarter and so on."""
+    prefix_caching: bool = False
+    """Keep the whole chunks of prompts for prompts that begin alike; tokens are the same."""
     max_model_len: int | None = None
     """Longest prompt + answer; None: the model's own limit."""
     enforce_eager: bool = False
@@ -74,6 +77,11 @@ class EngineConfig:
         return replace(self, **changes)
 
 
+SERVING = EngineConfig(prefix_caching=True, prefill_chunk=256)
+"""Defaults where prompts begin like earlier ones, as the turns of a conversation do. Chunks are smaller,
+because only whole ones are cached."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled; greedy unless `temperature` is above 0."""
@@ -87,6 +95,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """Tokens come with their log-probabilities, and with those of this many of the likeliest."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -97,6 +107,8 @@ class SamplingParams:
             raise UsageError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise UsageError(f"top_k must not be negative, got {self.top_k}")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise UsageError(f"logprobs must not be negative, got {self.logprobs}")
 
 
 @dataclass(frozen=True)

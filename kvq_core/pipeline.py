@@ -17,6 +17,7 @@ from typing import Any
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.detokenizer import Detokenizer
 from kvq_core.engine.engine import Engine
+from kvq_core.engine.logprobs import TokenLogprob
 from kvq_core.engine.request import RequestOutput
 from kvq_core.errors import KvqError, UsageError
 from kvq_core.models import LoadedModel, load_model
@@ -37,6 +38,8 @@ class Response:
     """Tokens of the prompt."""
     index: int
     """Which of the prompts it answers."""
+    logprobs: list[TokenLogprob] | None = None
+    """Of each token, with the option `logprobs`."""
 
 
 def pipeline(
@@ -85,12 +88,17 @@ class Pipeline:
         requests, single = as_prompts(prompts)
         texts = ["" for _ in requests]
         ids: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[TokenLogprob]] = [[] for _ in requests]
         last: dict[int, Response] = {}
         for delta in self._stream(requests, sampling(params, options)):
             texts[delta.index] += delta.text
             ids[delta.index] += delta.token_ids
+            logprobs[delta.index] += delta.logprobs or []
             last[delta.index] = delta
-        responses = [replace(last[i], text=texts[i], token_ids=ids[i]) for i in range(len(requests))]
+        responses = [
+            replace(last[i], text=texts[i], token_ids=ids[i], logprobs=logprobs[i] or None)
+            for i in range(len(requests))
+        ]
         return responses[0] if single else responses
 
     infer = __call__
@@ -175,7 +183,8 @@ class Pipeline:
                     if reason is not None:
                         engine.cancel(request)  # a stop string: the engine does not know of it
                         del indices[request], self._outputs[request]
-                    yield Response(text, output.token_ids, reason, len(prompts[index]), index)
+                    prompt = len(prompts[index])
+                    yield Response(text, output.token_ids, reason, prompt, index, output.logprobs)
         finally:
             for request in indices:
                 self._outputs.pop(request, None)

@@ -17,7 +17,6 @@ from kvq_cli import console
 from kvq_cli.commands.run import check_text, has_chat_template, open_pipeline
 from kvq_cli.options import (
     DEFAULT_MODEL,
-    DEFAULTS,
     SAMPLING,
     SERVER_PANEL,
     ApiKeyEnv,
@@ -33,7 +32,7 @@ from kvq_cli.options import (
     format_size,
     sampling_params,
 )
-from kvq_core.config import EngineConfig, SamplingParams
+from kvq_core.config import SERVING, EngineConfig, SamplingParams
 from kvq_core.errors import KvqError, UsageError
 
 INTERRUPTED = 130
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from kvq_core.pipeline import Pipeline, Response
 
 
-@engine_options()
+@engine_options(defaults=SERVING)
 def chat(
     model: ChatModel = None,
     system: System = None,
@@ -80,7 +79,7 @@ def chat(
         stop=stop,
     )
     if url is not None:
-        if config != EngineConfig(policy=str(DEFAULTS.policy), seed=config.seed):
+        if config != SERVING.replace(policy=str(SERVING.policy), seed=config.seed):
             raise UsageError(
                 "--url and flags of the engine exclude each other", "give the engine's flags to `kvq serve`"
             )
@@ -365,6 +364,8 @@ class LocalChat(Chat):
             f"  its KV cache  {format_size(used * stats['bytes_per_token'])},"
             f" room for {stats['capacity_tokens']:,} tokens"
         )
+        if "prefix_hit_rate" in stats:
+            console.say(f"  prefix cache  held {stats['prefix_hit_rate']:.0%} of the prompts' tokens so far")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ CPU_LIMIT, GPU_LIMIT = 4, 32
 """Windows without `--limit`."""
 NOT_HERE = (
     "policy", "kv_memory", "gpu_memory_utilization", "page_size", "load_format", "max_num_seqs",
-    "prefill_chunk", "max_model_len", "enforce_eager",
+    "prefill_chunk", "prefix_caching", "max_model_len", "enforce_eager",
 )  # fmt: skip
 
 

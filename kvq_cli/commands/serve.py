@@ -16,13 +16,13 @@ from kvq_cli.options import (
     engine_options,
     parse_size,
 )
-from kvq_core.config import EngineConfig, ServerConfig
+from kvq_core.config import SERVING, EngineConfig, ServerConfig
 from kvq_core.errors import KvqError
 
 DEFAULTS = ServerConfig()
 
 
-@engine_options()
+@engine_options(defaults=SERVING)
 def serve(
     model: Model = DEFAULT_MODEL,
     host: Annotated[
@@ -74,7 +74,8 @@ def serve(
     kvq serve --policy 42 --port 8000
     KEY=secret kvq serve --host 0.0.0.0 --api-key-env KEY
 
-    /health says whether it works, /metrics what it does, for Prometheus.
+    /health says whether it works, /metrics what it does, for Prometheus; /openapi.json describes it all.
+    Prompts that begin alike share what was computed of them (--prefix-caching).
     """
     server = ServerConfig(
         host=host,

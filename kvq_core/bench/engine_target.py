@@ -37,6 +37,7 @@ class EngineTarget:
                 "dtype": config.dtype,
                 "page_size": config.page_size,
                 "prefill_chunk": config.prefill_chunk,
+                "prefix_caching": config.prefix_caching,
                 "max_num_seqs": config.max_num_seqs,
                 "max_num_batched_tokens": config.max_num_batched_tokens,
                 "max_model_len": config.max_model_len,

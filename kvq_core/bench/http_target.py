@@ -46,6 +46,9 @@ class HttpTarget:
         self._arrived = asyncio.Event()
         self._events: list[Event] = []
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        """Those that the server says its cache held."""
         self._client = httpx.AsyncClient(
             headers=authorization(key),
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
@@ -74,10 +77,13 @@ class HttpTarget:
             task.cancel()
 
     def reset_stats(self) -> None:
-        """A server keeps no statistics for its clients."""
+        self._prompt_tokens = self._cached_tokens = 0
 
     def kv_stats(self) -> dict[str, Any]:
-        return {}
+        """A server says nothing of its cache but the prompt tokens that it held."""
+        if not self._cached_tokens:
+            return {}
+        return {"prefix_hit_rate": self._cached_tokens / self._prompt_tokens}
 
     def close(self) -> None:
         for index in list(self._tasks):
@@ -140,6 +146,8 @@ class HttpTarget:
         if finish_reason is None:
             raise _Failure("the stream broke off (no finish_reason)")
         if usage is not None:
+            self._prompt_tokens += int(usage["prompt_tokens"])
+            self._cached_tokens += int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
             return int(usage["prompt_tokens"]), int(usage["completion_tokens"])
         if finish_reason == "length":  # as many as were asked for, by the API's definition
             return request.input_len, request.output_len

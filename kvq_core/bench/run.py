@@ -16,6 +16,10 @@ from kvq_core.errors import KvqError
 
 MAX_LAG_MS = 2.0
 """A load generator whose sends are later than this at p99 measures itself."""
+WARM_CACHE = (
+    "{rate:.0%} of the prompt tokens came from the prefix cache: with a fixed seed, warm-up, repeats and"
+    " other runs send the same prompts, and a warm cache makes TTFT and throughput better than with new ones"
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ def measure(
         lag = percentile(sorted(trace.lag * 1e3 for trace in result.traces), 99)
         metrics["p99_lag_ms"] = lag
         generator_bound = lag is not None and lag > MAX_LAG_MS
+    kv = _kv_stats(target, result)
+    if kv.get("prefix_hit_rate"):
+        warning = WARM_CACHE.format(rate=kv["prefix_hit_rate"])
+        note = f"{note}; {warning}" if note else warning
     record = RunRecord(
         label=label or info.policy.get("label") or info.policy.get("name", "?"),
         complete=result.complete,
@@ -66,7 +74,7 @@ def measure(
         env=env,
         engine=dict(info.engine),
         workload=workload.describe() | load.describe() | ({"goodput": dict(limits)} if limits else {}),
-        kv=_kv_stats(target, result),
+        kv=kv,
         metrics=metrics,
         errors=_errors(result),
         note=note,

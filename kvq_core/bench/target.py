@@ -64,7 +64,7 @@ class Target(Protocol):
 
     def kv_stats(self) -> dict[str, Any]:
         """`bits_per_element, bytes_per_token, memory_bytes, pages, capacity_tokens, peak_tokens,
-        preemptions`."""
+        preemptions`, and, where prefixes are cached, `prefix_hit_rate`."""
         ...
 
     def close(self) -> None: ...

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from kvq_core.cache.blocks import BlockManager
 from kvq_core.cache.plan import CachePlan
+from kvq_core.cache.prefix import CachedChunk
 from kvq_kernels.layout import PageLayout, RawWindow
+
+RawCopies = list[tuple[Tensor, Tensor]]
+"""Keys and values of one row of every layer's raw window."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class PagedCache:
                     )
                 layers[layer] = LayerCache(pages[i], layout, index, group.window, raw)
         self.layers = [layers[i] for i in range(len(layers))]
-        self._swapped: dict[int, tuple[list[Tensor], list[tuple[Tensor, Tensor]]]] = {}
+        self._swapped: dict[int, tuple[list[Tensor], RawCopies]] = {}
 
     def sync_tables(self) -> None:
         """Bring the device's block tables up to date; on a CPU they share the host's memory."""
@@ -71,12 +75,7 @@ class PagedCache:
             self._to_host(stack[:, torch.tensor(ids, device=self.device, dtype=torch.long)])
             for stack, ids in zip(self.group_pages, pages, strict=True)
         ]
-        raw = [
-            (self._to_host(layer.raw.keys[row]), self._to_host(layer.raw.values[row]))
-            for layer in self.layers
-            if layer.raw is not None
-        ]
-        self._swapped[key] = copies, raw
+        self._swapped[key] = copies, self._raw_to_host(row)
 
     def swap_in(self, key: int, row: int, pages: list[list[int]]) -> None:
         """Copy what `swap_out` kept under `key` into a row's new pages."""
@@ -86,13 +85,31 @@ class PagedCache:
             stack[:, torch.tensor(ids, device=self.device, dtype=torch.long)] = copy.to(
                 self.device, non_blocking=True
             )
-        with_raw = [layer.raw for layer in self.layers if layer.raw is not None]
-        for window, (keys, values) in zip(with_raw, raw, strict=True):
-            window.keys[row].copy_(keys, non_blocking=True)
-            window.values[row].copy_(values, non_blocking=True)
+        self._raw_to_device(raw, row)
 
     def drop_swapped(self, key: int) -> None:
         self._swapped.pop(key, None)
+
+    def raw_out(self, row: int, chunk: CachedChunk) -> None:
+        """Keep a row's raw windows with a cached chunk."""
+        chunk.raw = self._raw_to_host(row)
+
+    def raw_in(self, chunk: CachedChunk, row: int) -> None:
+        """Set a row's raw windows as they were after a cached chunk."""
+        self._raw_to_device(chunk.raw, row)
+
+    def _raw_to_host(self, row: int) -> RawCopies:
+        return [
+            (self._to_host(layer.raw.keys[row]), self._to_host(layer.raw.values[row]))
+            for layer in self.layers
+            if layer.raw is not None
+        ]
+
+    def _raw_to_device(self, copies: RawCopies, row: int) -> None:
+        with_raw = [layer.raw for layer in self.layers if layer.raw is not None]
+        for window, (keys, values) in zip(with_raw, copies, strict=True):
+            window.keys[row].copy_(keys, non_blocking=True)
+            window.values[row].copy_(values, non_blocking=True)
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":

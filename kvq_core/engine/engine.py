@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -23,14 +24,21 @@ from kvq_core.models import LoadedModel
 
 @dataclass(frozen=True)
 class Load:
-    """Requests and pages of the cache at one moment, and preemptions so far."""
+    """Requests and pages of the cache at one moment, and what happened so far."""
 
     running: int
     waiting: int
     """Preempted requests among them."""
     pages_used: int
+    """Those of running requests; what several share counts once."""
+    pages_cached: int
+    """Kept for prompts to come, and free for whoever needs them."""
     pages: int
     preemptions: int
+    prompt_tokens: int
+    """Of the prompts that were admitted."""
+    cached_tokens: int
+    """Those among them that were found in the cache."""
 
 
 class Engine:
@@ -63,6 +71,7 @@ class Engine:
                 swap_memory=self.config.swap_memory,
                 row_bytes=self.plan.raw_bytes_per_request,
                 exact_recompute=not self.plan.policy.is_quantized,
+                prefix_root=self._prefix_root() if self.config.prefix_caching else None,
             ),
             self.cache.blocks,
         )
@@ -96,8 +105,11 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting) + len(self.scheduler.swapped),
             pages_used=sum(g.allocator.num_used for g in groups),
+            pages_cached=sum(g.allocator.num_idle for g in groups),
             pages=sum(g.shape.num_pages - 1 for g in groups),
             preemptions=self.scheduler.preemptions,
+            prompt_tokens=self.scheduler.prompt_tokens,
+            cached_tokens=self.scheduler.cached_tokens,
         )
 
     def check_prompt(self, prompt_ids: list[int]) -> int:
@@ -160,7 +172,8 @@ class Engine:
             self._finish(request)
 
     def reset_stats(self) -> None:
-        self.scheduler.preemptions = 0
+        """Forget peaks and counts; cached prefixes stay."""
+        self.scheduler.preemptions = self.scheduler.prompt_tokens = self.scheduler.cached_tokens = 0
         self.cache.blocks.reset_peak()
 
     def kv_stats(self) -> dict[str, Any]:
@@ -178,7 +191,12 @@ class Engine:
             "peak_tokens": self.cache.blocks.peak_tokens,
             "tokens": self.cache.blocks.tokens,
             "preemptions": self.scheduler.preemptions,
-        }
+        } | ({"prefix_hit_rate": self.prefix_hit_rate} if self.config.prefix_caching else {})
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """The share of prompt tokens that were found in the cache."""
+        return self.scheduler.cached_tokens / max(1, self.scheduler.prompt_tokens)
 
     def close(self) -> None:
         """Drop all requests and give the cache's memory back; the model stays."""
@@ -194,7 +212,8 @@ class Engine:
 
     def _update(self, step: Step, pending: PendingTokens) -> list[RequestOutput]:
         tokens, now, outputs = pending.get(), time.perf_counter(), []
-        for request, token in zip(step.sampled, tokens, strict=True):
+        logprobs = pending.get_logprobs()
+        for index, (request, token) in enumerate(zip(step.sampled, tokens, strict=True)):
             if request.status is Status.FINISHED:
                 continue  # ended while this step was under way
             request.output.append(token)
@@ -202,8 +221,24 @@ class Engine:
             if reason:
                 self._finish(request)
                 del self._requests[request.id]
-            outputs.append(RequestOutput(request.id, [token], reason is not None, reason, now))
+            outputs.append(
+                RequestOutput(
+                    request.id,
+                    [token],
+                    finished=reason is not None,
+                    finish_reason=reason,
+                    time=now,
+                    cached_tokens=request.cached_tokens,
+                    logprobs=[logprobs[index]] if index in logprobs else None,
+                )
+            )
         return outputs
+
+    def _prefix_root(self) -> bytes:
+        """What cached bytes depend on beside the tokens: model, policy, layout and chunks."""
+        config = self.config
+        parts = (self.model.name, config.policy, config.dtype, config.page_size, config.prefill_chunk)
+        return sha256(repr(parts).encode()).digest()
 
     def _finish_reason(self, request: Request, token: int) -> str | None:
         if token in request.params.stop_token_ids or (token in self._eos and not request.params.ignore_eos):

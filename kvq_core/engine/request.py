@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from kvq_core.config import SamplingParams
+from kvq_core.engine.logprobs import TokenLogprob
 
 
 class Status(Enum):
@@ -34,6 +35,10 @@ class Request:
     prefill_len: int = 0
     scheduled_outputs: int = 0
     """Output tokens that finished and running steps produce."""
+    chunk_keys: dict[int, bytes] = field(default_factory=dict)
+    """End -> key of every chunk that can be cached, in order."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the cache."""
 
     def __post_init__(self) -> None:
         self.prefill_len = len(self.prompt)
@@ -71,3 +76,7 @@ class RequestOutput:
     finished: bool
     finish_reason: str | None
     time: float
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the cache."""
+    logprobs: list[TokenLogprob] | None = None
+    """Of each new token, where the request asked for them."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from kvq_core.batch import Batch, GroupTables
 from kvq_core.cache.paged import PagedCache
 from kvq_core.engine.graphs import StepGraphs
 from kvq_core.engine.inputs import Sizes, StepInputs, pack
+from kvq_core.engine.logprobs import TokenLogprob, log_probabilities, to_list
 from kvq_core.engine.sampler import Draw, sample
 from kvq_core.engine.scheduler import Step
 from kvq_core.errors import KvqError
@@ -27,12 +28,21 @@ class PendingTokens:
 
     tokens: Tensor
     event: torch.cuda.Event | None
+    asked: dict[int, int] = field(default_factory=dict)
+    """Index of a token that comes with logprobs -> how many of the likeliest come along."""
+    logprobs: tuple[Tensor, Tensor, Tensor] | None = None
 
     def get(self) -> list[int]:
         """Wait for the device and return the tokens."""
         if self.event is not None:
             self.event.synchronize()
         return self.tokens.tolist()
+
+    def get_logprobs(self) -> dict[int, TokenLogprob]:
+        """By index of the token; after `get`."""
+        if self.logprobs is None:
+            return {}
+        return dict(zip(self.asked, to_list(list(self.asked.values()), *self.logprobs), strict=True))
 
 
 class ModelRunner:
@@ -59,6 +69,8 @@ class ModelRunner:
             self.cache.swap_out(swap.request.id, swap.row, swap.pages)
         for swap in step.swap_in:
             self.cache.swap_in(swap.request.id, swap.row, swap.pages)
+        for chunk, row in step.raw_in:
+            self.cache.raw_in(chunk, row)
         if not step.num_tokens:
             return PendingTokens(self.last_tokens[:0], None)
         self.cache.sync_tables()
@@ -78,6 +90,8 @@ class ModelRunner:
             longest = max((c.end - c.start for c in step.chunks), default=0)
             history = max((c.start for c in step.chunks), default=0)
             logits = self._forward(inputs, longest, history, max(step.context_lens, default=0), padded=False)
+        for row, chunk in step.raw_out:
+            self.cache.raw_out(row, chunk)
         return self._sample(step, logits, inputs)
 
     @property
@@ -114,12 +128,24 @@ class ModelRunner:
         ]
         tokens = sample(chosen, draws)
         self.last_tokens.index_copy_(0, inputs.sampled_rows[:count], tokens)
+        asked = {i: r.params.logprobs for i, r in enumerate(requests) if r.params.logprobs is not None}
+        logprobs = None
+        if asked:
+            rows = self._upload(np.array(list(asked), dtype=np.int64))
+            found = log_probabilities(chosen[rows], tokens[rows], max(asked.values()))
+            logprobs = self._to_host(found[0]), self._to_host(found[1]), self._to_host(found[2])
         if self.device.type == "cpu":
-            return PendingTokens(tokens, None)
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+            return PendingTokens(tokens, None, asked, logprobs)
+        host = self._to_host(tokens)
         event = torch.cuda.Event()
         event.record()
-        return PendingTokens(host, event)
+        return PendingTokens(host, event, asked, logprobs)
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
 
     def _forward(
         self, inputs: StepInputs, max_chunk: int, max_history: int, max_context: int, *, padded: bool

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from kvq_core.cache.blocks import BlockManager
+from kvq_core.cache.prefix import CachedChunk, chain_key
 from kvq_core.engine.request import Request, Status
 
 SMALLEST_CHUNK = 256
@@ -29,6 +30,8 @@ class SchedulerConfig:
     """Bytes a request keeps beside its pages (its raw window), swapped along with them."""
     exact_recompute: bool
     """Whether outputs may be computed again as if they were a prompt: only where nothing is quantized."""
+    prefix_root: bytes | None = None
+    """What cached chunks depend on beside tokens; None: none is cached."""
 
 
 def chunk_end(start: int, prefill_chunk: int) -> int:
@@ -63,7 +66,8 @@ class Swap:
 
 @dataclass
 class Step:
-    """One step: copy `swap_out`, then `swap_in`, set the `forced` input tokens, then run the forward."""
+    """One step: copy `swap_out`, then `swap_in` and `raw_in`, set the `forced` input tokens, run the forward,
+    and copy `raw_out`."""
 
     decodes: list[Request] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
@@ -71,6 +75,10 @@ class Step:
     """Of each decode, this step's token included."""
     swap_out: list[Swap] = field(default_factory=list)
     swap_in: list[Swap] = field(default_factory=list)
+    raw_in: list[tuple[CachedChunk, int]] = field(default_factory=list)
+    """Raw windows of cached chunks to copy to rows before the forward."""
+    raw_out: list[tuple[int, CachedChunk]] = field(default_factory=list)
+    """Raw windows of rows to keep with cached chunks after it."""
     forced: dict[int, int] = field(default_factory=dict)
     """Row -> input token of a decode, where the host knows it; elsewhere the device holds it."""
     sampled_decodes: list[int] = field(default_factory=list)
@@ -106,19 +114,43 @@ class Scheduler:
         self.running: list[Request] = []
         """Oldest first."""
         self.preemptions = 0
-        self._swap_free = config.swap_memory
+        self.prompt_tokens = 0
+        """Of the prompts that were admitted."""
+        self.cached_tokens = 0
+        """Those among them that were found in the cache."""
+        self._step = 0
+        self._swapped_bytes = 0
         self._swap_held: dict[int, tuple[list[tuple[int, int]], int]] = {}
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.swapped or self.running)
 
+    @property
+    def _host_free(self) -> int:
+        """Bytes of host memory left; cached chunks keep raw windows there, and give way to requests."""
+        kept = len(self.blocks.prefix) * self.config.row_bytes
+        return self.config.swap_memory - self._swapped_bytes - kept
+
     def add(self, request: Request) -> None:
+        self._set_prefill(request, len(request.prompt))
         self.waiting.append(request)
+
+    def _set_prefill(self, request: Request, tokens: int) -> None:
+        """Have the first `tokens` tokens processed in chunks."""
+        request.prefill_len = tokens
+        request.chunk_keys = {}
+        key, start, end = self.config.prefix_root, 0, 0
+        while key is not None and (end := chunk_end(end, self.config.prefill_chunk)) <= tokens:
+            if end % self.blocks.page_size == 0:  # else its last page is written again
+                key = chain_key(key, request.tokens(start, end))
+                request.chunk_keys[end] = key
+                start = end
 
     def schedule(self) -> Step:
         """Plan the next step and advance every request in it; empty if nothing can run."""
         step = Step()
+        self._step += 1
         budget = self.config.token_budget
         for request in list(self.running):
             if request.status is Status.RUNNING and not request.is_prefilling:
@@ -140,7 +172,7 @@ class Scheduler:
             self.blocks.release(request.row)
         elif request.status is Status.SWAPPED:
             self.swapped.remove(request)
-            self._swap_free += self._swap_held.pop(request.id)[1]
+            self._swapped_bytes -= self._swap_held.pop(request.id)[1]
         elif request.status is Status.WAITING:
             self.waiting.remove(request)
         request.status = Status.FINISHED
@@ -181,6 +213,28 @@ class Scheduler:
             request.scheduled_outputs += 1
             step.sampled_chunks.append(len(step.chunks))
         step.chunks.append(Chunk(request, start, end))
+        self._cache_chunk(request, end, step)
+
+    def _cache_chunk(self, request: Request, end: int, step: Step) -> None:
+        """Keep the chunk that ends at `end` for other requests, if it can be and is not kept already."""
+        if end not in request.chunk_keys or self.blocks.prefix.get(request.chunk_keys[end]) is not None:
+            return
+        self._free_host(self.config.row_bytes)
+        keys = list(request.chunk_keys.values())
+        before = keys[: keys.index(request.chunk_keys[end])]
+        parent = self.blocks.prefix.get(before[-1]) if before else None
+        if self._host_free < self.config.row_bytes or (before and parent is None):
+            return
+        chunk = self.blocks.keep(request.row, request.chunk_keys[end], parent, end, self._step)
+        if self.config.row_bytes:
+            step.raw_out.append((request.row, chunk))
+
+    def _free_host(self, size: int) -> None:
+        """Give up cached chunks for `size` bytes of host memory, if that helps."""
+        kept = len(self.blocks.prefix) * self.config.row_bytes
+        if size <= self._host_free + kept:
+            while self._host_free < size:
+                self.blocks.evict()
 
     def _extend(self, request: Request, tokens: int, step: Step) -> bool:
         """Pages for `tokens` tokens, at the cost of the youngest requests; False if none are to be had."""
@@ -201,8 +255,10 @@ class Scheduler:
             len(pages) * group.shape.page_bytes
             for (_, pages), group in zip(held, self.blocks.groups, strict=True)
         )
-        if request.computed and size <= self._swap_free:
-            self._swap_free -= size
+        if request.computed:
+            self._free_host(size)
+        if request.computed and size <= self._host_free:
+            self._swapped_bytes += size
             self._swap_held[request.id] = ([(first, len(pages)) for first, pages in held], size)
             step.swap_out.append(Swap(request, request.row, [pages for _, pages in held]))
             request.status = Status.SWAPPED
@@ -231,7 +287,7 @@ class Scheduler:
                 return budget
             self.swapped.popleft()
             del self._swap_held[request.id]
-            self._swap_free += size
+            self._swapped_bytes -= size
             self._resume(request)
             self.blocks.restore(request.row, held, request.computed)
             step.swap_in.append(
@@ -242,20 +298,40 @@ class Scheduler:
         return budget
 
     def _admit(self, step: Step, budget: int) -> None:
-        while self.waiting and self.blocks.has_free_row:
-            request = self.waiting[0]
-            if self._awaits_token(request):
+        for request in list(self.waiting):
+            if not self.blocks.has_free_row or self._awaits_token(request):
                 return
-            if request.scheduled_outputs and self.config.exact_recompute:
-                request.prefill_len = request.known
-            end = min(self.config.prefill_chunk, request.prefill_len)
+            if self.config.exact_recompute and request.prefill_len < request.known:
+                self._set_prefill(request, request.known)
+            chunk, is_coming = self._find_prefix(request)
+            if is_coming:
+                continue  # it need not compute what this step computes for another request
+            start = chunk.end if chunk else 0
+            end = min(chunk_end(start, self.config.prefill_chunk), request.prefill_len)
             # A group without a window gives the whole prompt its pages now, so that prompts never wait for
             # each other half-way, and keeps a page back for every running request, which will want one soon.
             tokens = [end if group.shape.window else request.prefill_len for group in self.blocks.groups]
-            if end > budget or not self.blocks.can_admit(tokens, reserve=len(self.running)):
+            if end - start > budget or not self.blocks.can_admit(tokens, len(self.running), chunk):
                 return
-            self.waiting.popleft()
+            self.waiting.remove(request)
             self._resume(request)
+            if chunk is not None:
+                self.blocks.adopt(request.row, chunk)
+                if self.config.row_bytes:
+                    step.raw_in.append((chunk, request.row))
+            self.prompt_tokens += request.prefill_len
+            self.cached_tokens += start
+            request.cached_tokens = start
             self.blocks.extend(request.row, tokens)
-            self._run_chunk(request, 0, end, step)
-            budget -= end
+            self._run_chunk(request, start, end, step)
+            budget -= end - start
+
+    def _find_prefix(self, request: Request) -> tuple[CachedChunk | None, bool]:
+        """The last cached chunk that a prompt can begin with, and whether this step computes the next one.
+
+        The prompt's last token is never part of it: it has to run, for the logits.
+        """
+        keys = [key for end, key in request.chunk_keys.items() if end < request.prefill_len]
+        found = self.blocks.prefix.find(keys)
+        ready = [chunk for chunk in found if chunk.step < self._step]
+        return (ready[-1] if ready else None), len(ready) < len(found)

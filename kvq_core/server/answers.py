@@ -12,6 +12,7 @@ from kvq_core.detokenizer import Detokenizer
 from kvq_core.models import LoadedModel
 from kvq_core.server.async_engine import Generation, Sequence
 from kvq_core.server.errors import ApiError, internal_error
+from kvq_core.server.logprobs import Scored, chat_logprobs, completion_logprobs, name
 from kvq_core.server.protocol import ChatRequest, GenerationRequest
 
 log = logging.getLogger("kvq")
@@ -25,6 +26,10 @@ class Delta:
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    scored: list[Scored]
+    """Tokens and their logprobs, where they were asked for, but for one that ends the answer."""
+    offset: int
+    """Characters of tokens with logprobs before these."""
 
 
 @dataclass
@@ -37,6 +42,11 @@ class Choice:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    cached_tokens: int = 0
+    """Tokens of its prompt that the prefix cache held."""
+    scored: list[Scored] = field(default_factory=list)
+    scored_text: int = 0
+    """Characters of their texts."""
 
 
 class Answers:
@@ -59,6 +69,7 @@ class Answers:
         self._asked = asked
         self._prompt_tokens = prompt_tokens
         self._chat = isinstance(asked, ChatRequest)
+        self._tokenizer = model.tokenizer
         self._head: dict[str, Any] = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid4().hex}",
             "created": int(time.time()),
@@ -71,7 +82,7 @@ class Answers:
             pass
         choices = []
         for index, choice in enumerate(self._choices):
-            entry = self._choice(index, choice.token_ids, choice.finish_reason)
+            entry = self._choice(index, choice.token_ids, choice.finish_reason, choice.scored)
             if self._chat:
                 entry["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
             else:
@@ -87,7 +98,9 @@ class Answers:
         started: set[int] = set()
         try:
             async for delta in self._deltas():
-                entry = self._choice(delta.index, delta.token_ids, delta.finish_reason)
+                entry = self._choice(
+                    delta.index, delta.token_ids, delta.finish_reason, delta.scored, delta.offset
+                )
                 if self._chat:
                     role = {} if delta.index in started else {"role": "assistant"}
                     started.add(delta.index)
@@ -110,20 +123,47 @@ class Answers:
             text, choice.finish_reason = choice.detokenizer.take(output, choice.ends)
             choice.text += text
             choice.token_ids += output.token_ids
+            choice.cached_tokens = output.cached_tokens
+            scored = list(zip(output.token_ids, output.logprobs or [], strict=False))
+            if output.finish_reason == "stop" and output.token_ids[-1] in choice.ends:
+                scored = scored[:-1]
+            offset, choice.scored_text = (
+                choice.scored_text,
+                choice.scored_text + sum(len(name(self._tokenizer, token)[0]) for token, _ in scored),
+            )
+            choice.scored += scored
             if choice.finish_reason is not None:
                 self._generation.cancel(index, choice.finish_reason)  # a stop string is news to the engine
-            yield Delta(index, text, output.token_ids, choice.finish_reason)
+            yield Delta(index, text, output.token_ids, choice.finish_reason, scored, offset)
 
-    def _choice(self, index: int, token_ids: list[int], finish_reason: str | None) -> dict[str, Any]:
-        entry: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(
+        self,
+        index: int,
+        token_ids: list[int],
+        finish_reason: str | None,
+        scored: list[Scored],
+        offset: int = 0,
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self._asked.logprobs_asked is not None:
+            logprobs = (
+                chat_logprobs(self._tokenizer, scored)
+                if self._chat
+                else completion_logprobs(self._tokenizer, scored, offset)
+            )
+        entry: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": finish_reason}
         return entry | ({"token_ids": token_ids} if self._asked.return_token_ids else {})
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         completion = sum(len(choice.token_ids) for choice in self._choices)
+        first = self._choices[
+            :: self._asked.choices
+        ]  # of each prompt, the others begin with what it computed
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in first)},
         }
 
 

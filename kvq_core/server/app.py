@@ -19,6 +19,7 @@ from kvq_core.prompts import Prompt, encode
 from kvq_core.server.answers import Answers
 from kvq_core.server.async_engine import AsyncEngine, Generation, Sequence
 from kvq_core.server.errors import ApiError, internal_error
+from kvq_core.server.openapi import description
 from kvq_core.server.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 
 DRAIN_SECONDS = 5.0
@@ -42,6 +43,10 @@ def make_app(engine: AsyncEngine, name: str, config: ServerConfig) -> FastAPI:
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> Response:
         return respond(internal_error())
+
+    @app.get("/openapi.json")
+    async def openapi() -> Any:
+        return description()
 
     @app.get("/health")
     async def health() -> Response:
@@ -110,6 +115,8 @@ class Service:
     ) -> Response:
         """Generate; `param` names the field of the prompts in errors."""
         self.check_model(asked.model)
+        if asked.logprobs_asked is not None and self.model.tokenizer is None:
+            raise ApiError(400, "the model has no tokenizer to name tokens with", param="logprobs")
         if asked.stop and self.model.tokenizer is None:
             raise ApiError(
                 400, "the model has no tokenizer for stop strings; use `stop_token_ids`", param="stop"

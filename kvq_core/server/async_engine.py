@@ -193,7 +193,7 @@ class AsyncEngine:
                     self._loop.call_soon_threadsafe(
                         self._deliver, [self._claim(output) for output in outputs]
                     )
-        except Exception:
+        except BaseException:  # whatever ends the thread: nobody else would tell the clients
             log.exception("the engine died")
             self._loop.call_soon_threadsafe(self._die)
 

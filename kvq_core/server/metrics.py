@@ -16,6 +16,11 @@ class Metrics:
         self._running = Gauge("kvq_requests_running", "Sequences that run", registry=registry)
         self._waiting = Gauge("kvq_requests_waiting", "Sequences that wait", registry=registry)
         self._pages_used = Gauge("kvq_kv_pages_used", "Pages of the KV cache in use", registry=registry)
+        self._pages_cached = Gauge(
+            "kvq_kv_pages_cached",
+            "Pages kept for prompts to come, free for whoever needs them",
+            registry=registry,
+        )
         self._pages = Gauge("kvq_kv_pages", "Pages of the KV cache", registry=registry)
         self._preemptions = Counter(
             "kvq_preemptions", "Sequences that had to give their pages back", registry=registry
@@ -35,7 +40,13 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self._seen_preemptions = 0
+        self._looked_up = Counter(
+            "kvq_prefix_cache_prompt_tokens", "Tokens of prompts that began to run", registry=registry
+        )
+        self._hit = Counter(
+            "kvq_prefix_cache_hit_tokens", "Those among them that the prefix cache held", registry=registry
+        )
+        self._seen: dict[Counter, int] = {}
 
     def tokens(self, count: int, seconds: float, first: bool) -> None:
         """New tokens of a sequence, this long after its tokens before, or after its arrival."""
@@ -51,6 +62,13 @@ class Metrics:
         self._waiting.set(load.waiting)
         self._pages_used.set(load.pages_used)
         self._pages.set(load.pages)
-        self._preemptions.inc(load.preemptions - self._seen_preemptions)
-        self._seen_preemptions = load.preemptions
+        self._pages_cached.set(load.pages_cached)
+        self._raise(self._preemptions, load.preemptions)
+        self._raise(self._looked_up, load.prompt_tokens)
+        self._raise(self._hit, load.cached_tokens)
         return generate_latest(self.registry)
+
+    def _raise(self, counter: Counter, value: int) -> None:
+        """Bring a counter to what the engine has counted."""
+        counter.inc(value - self._seen.get(counter, 0))
+        self._seen[counter] = value

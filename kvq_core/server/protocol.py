@@ -3,7 +3,15 @@
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from kvq_core.config import SamplingParams
 from kvq_core.errors import KvqError
@@ -24,8 +32,6 @@ NEUTRAL: dict[str, list[Any]] = {
     "presence_penalty": [0, 0.0],
     "frequency_penalty": [0, 0.0],
     "logit_bias": [{}],
-    "logprobs": [False],
-    "top_logprobs": [0],
     "best_of": [1],
     "echo": [False],
     "suffix": [""],
@@ -36,6 +42,10 @@ NEUTRAL: dict[str, list[Any]] = {
     "modalities": [["text"]],
 }
 """Fields that are not supported -> values, beside null, that ask for nothing."""
+MOST_LOGPROBS = 20
+IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+PROMPT = {"anyOf": [{"type": "string"}, TEXTS, IDS, {"type": "array", "items": IDS, "minItems": 1}]}
 EXTENSIONS = "top_k, stop_token_ids, ignore_eos, return_token_ids"
 
 
@@ -61,6 +71,7 @@ class GenerationRequest(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logprobs: Any = None
     # Extensions, named as other servers name them
     top_k: Annotated[int, Field(ge=-1)] | None = None
     stop_token_ids: list[int] | None = None
@@ -105,6 +116,11 @@ class GenerationRequest(BaseModel):
         """The most tokens that the client asks for, where it says so."""
         return self.max_tokens
 
+    @property
+    def logprobs_asked(self) -> int | None:
+        """How many of the likeliest tokens come with each; None: no logprobs at all."""
+        return self.logprobs
+
     def sampling(self, room: int, choice: int) -> SamplingParams:
         """How one of the choices is sampled, where there is room for `room` tokens.
 
@@ -129,13 +145,15 @@ class GenerationRequest(BaseModel):
             stop=tuple(text for text in stop if text),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs_asked,
         )
 
 
 class CompletionRequest(GenerationRequest):
     default_max_tokens = 16
 
-    prompt: Any
+    prompt: Annotated[Any, WithJsonSchema(PROMPT)]
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @field_validator("prompt")
     @classmethod
@@ -182,6 +200,18 @@ class Message(BaseModel):
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _top_of_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "`top_logprobs` needs `logprobs`: true", param="top_logprobs")
+        return self
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def tokens_asked(self) -> int | None:

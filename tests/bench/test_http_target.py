@@ -17,6 +17,8 @@ import pytest
 from kvq_core.bench.http_target import HttpTarget, find_served_model, normalize_url
 from kvq_core.bench.load import Load, run_load
 from kvq_core.bench.metrics import summarize
+from kvq_core.bench.record import RunRecord
+from kvq_core.bench.report import notes
 from kvq_core.bench.run import measure
 from kvq_core.bench.target import BenchRequest, TargetInfo
 from kvq_core.bench.workload import Workload
@@ -146,6 +148,20 @@ def test_the_usage_block_says_how_many_tokens_the_chunks_held(bench, server):
     (trace,) = replay(server, bench.requests(1, output_len=8)).traces
     assert trace.succeeded and (trace.input_len, trace.tokens, len(trace.arrivals)) == (7, 8, 2)
     assert trace.tpot == pytest.approx(trace.itl[0] / 7)
+
+
+def test_prompt_tokens_that_the_servers_cache_held_make_a_warning(bench, server):
+    details = {"prompt_tokens": 8, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 2}}
+    server.script = lambda body: [choice("a", "length"), data({"choices": [], "usage": details}), DONE]
+    target = HttpTarget(server.url, "fake-model")
+    work = Workload("fixed", bench.requests(4, output_len=1), bench.requests(1, output_len=1))
+    record = measure(target, work, Load(1), env={"seed": 0}, label="server").record
+    target.reset_stats()
+    assert target.kv_stats() == {}
+    target.close()
+    assert record.kv == {"prefix_hit_rate": 0.25}
+    assert record.note.startswith("25% of the prompt tokens came from the prefix cache: with a fixed seed")
+    assert record.note in notes([RunRecord.from_dict(record.to_dict(), "file")])
 
 
 def test_chat(server):

@@ -39,7 +39,12 @@ class FakePipeline:
         tokenizer = Tokenizer()
         tokenizer.chat_template = None if model == "base" else "a template"
         self.model = types.SimpleNamespace(tokenizer=tokenizer, name=model)
-        stats = {"bits_per_element": 3.375, "bytes_per_token": 4860, "capacity_tokens": 1234}
+        stats = {
+            "bits_per_element": 3.375,
+            "bytes_per_token": 4860,
+            "capacity_tokens": 1234,
+            "prefix_hit_rate": 0.25,
+        }
         self.engine = types.SimpleNamespace(plan=types.SimpleNamespace(max_request_tokens=CONTEXT))
         self.kv_stats = lambda: stats
         PIPELINES.append(self)

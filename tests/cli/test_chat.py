@@ -71,6 +71,7 @@ def test_stats(cli, fake) -> None:
     assert "2 tokens, first after" in result.err
     assert "9 of 300 tokens" in result.err
     assert "room for 1,234 tokens" in result.err
+    assert "prefix cache  held 25% of the prompts' tokens so far" in result.err
 
 
 def test_stats_before_any_answer(cli, fake) -> None:

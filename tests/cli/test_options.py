@@ -14,7 +14,7 @@ from kvq_cli.options import (
     parse_size,
     sampling_params,
 )
-from kvq_core.config import EngineConfig
+from kvq_core.config import SERVING, EngineConfig
 from kvq_core.errors import UsageError
 
 
@@ -73,6 +73,18 @@ def test_every_engine_flag_is_a_field_with_the_fields_default() -> None:
     for flag in ENGINE_FLAGS:
         expected = getattr(defaults, flag)
         assert parameters[flag].default == (str(expected) if flag == "policy" else expected)
+
+
+def test_a_command_may_have_defaults_of_its_own() -> None:
+    seen = []
+
+    @engine_options(defaults=SERVING)
+    def command(*, config: EngineConfig) -> None:
+        seen.append(config)
+
+    parameters = inspect.signature(command).parameters
+    command(**{name: parameter.default for name, parameter in parameters.items()})
+    assert seen == [EngineConfig(policy="0", prefix_caching=True, prefill_chunk=256)]
 
 
 def test_engine_options_make_one_config() -> None:

@@ -97,7 +97,13 @@ def serve(model: LoadedModel) -> Iterator[Serve]:
 @contextmanager
 def running(model: LoadedModel, settings: dict) -> Iterator[Running]:
     ours = {name: settings.pop(name) for name in list(settings) if name in ServerConfig.__dataclass_fields__}
-    defaults = {"page_size": 16, "max_num_seqs": 4, "prefill_chunk": 32, "kv_memory": 4 << 20}
+    defaults = {
+        "page_size": 16,
+        "max_num_seqs": 4,
+        "prefill_chunk": 32,
+        "kv_memory": 4 << 20,
+        "prefix_caching": True,
+    }
     engine = Engine(model, EngineConfig(**defaults | settings))
     config = ServerConfig(**{"port": 0} | ours)
     server = Server(engine, "tiny", config)

@@ -62,7 +62,7 @@ def slow(running: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -
         (HI | {"prompt": [999]}, "prompt", None, "outside 0 … 259"),
         (HI | {"prompt": [{"role": "user"}]}, "prompt", None, "chat/completions"),
         (HI | {"stop": ["x"] * 17}, "stop", None, "at most 16"),
-        (HI | {"logprobs": 3}, "logprobs", "unsupported_parameter", "`logprobs` is not supported"),
+        (HI | {"best_of": 3}, "best_of", "unsupported_parameter", "`best_of` is not supported"),
         (HI | {"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter", "not supported"),
         (HI | {"colour": "red"}, "colour", "unknown_parameter", "unknown field `colour`"),
         (HI | {"stream_options": {}}, "stream_options", None, "needs `stream`"),
@@ -205,20 +205,26 @@ def test_hanging_up_on_a_whole_answer(running: Any, monkeypatch: pytest.MonkeyPa
     assert running.is_clean(5)
 
 
-def test_an_engine_that_dies(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("death", [RuntimeError("a kernel failed"), SystemExit(1)], ids=["error", "exit"])
+def test_an_engine_that_dies(running: Any, monkeypatch: pytest.MonkeyPatch, death: BaseException) -> None:
+    """With streams and whole answers under way, of which one begins with what another left in the cache."""
+    prompt = "A prompt that is longer than two chunks of thirty-two tokens each."
+    assert ask(running, HI | {"prompt": prompt}).status_code == 200
     slow(running, monkeypatch)
+    body = ENDLESS | {"prompt": prompt, "max_tokens": 180}
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="secret", max_retries=0)
     whole: list[httpx.Response] = []
-    waiting = threading.Thread(target=lambda: whole.append(ask(running, ENDLESS | {"stream": False})))
+    waiting = threading.Thread(target=lambda: whole.append(ask(running, body | {"stream": False})))
     waiting.start()
     stream = client.completions.create(
-        model="tiny", prompt="Hi", max_tokens=250, stream=True, extra_body={"ignore_eos": True}
+        model="tiny", prompt=prompt, max_tokens=180, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     assert running.eventually(lambda: running.server.engine.open == 2)
+    assert running.eventually(lambda: running.engine.load.cached_tokens == 2 * 64)
 
     def die() -> None:
-        raise RuntimeError("a kernel failed")
+        raise death
 
     monkeypatch.setattr(running.engine, "step", die)
     with pytest.raises(openai.APIError, match="the engine died"):

@@ -79,9 +79,16 @@ def test_streamed_chat(client: OpenAI, pipe: Pipeline) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def cached_tokens(answer: Any) -> int:
+    return answer.usage.prompt_tokens_details.cached_tokens
+
+
 @pytest.mark.parametrize("policy", [0, 42])
-def test_the_same_tokens_as_offline(serve: Any, model: LoadedModel, policy: int) -> None:
-    running = serve(policy=policy)
+@pytest.mark.parametrize("prefix_caching", [True, False], ids=["caching", "no-caching"])
+def test_the_same_tokens_as_offline(
+    serve: Any, model: LoadedModel, policy: int, prefix_caching: bool
+) -> None:
+    running = serve(policy=policy, prefix_caching=prefix_caching)
     config = EngineConfig(
         policy=policy, page_size=16, max_num_seqs=4, prefill_chunk=32, kv_memory=4 << 20, dtype="float32"
     )
@@ -93,10 +100,15 @@ def test_the_same_tokens_as_offline(serve: Any, model: LoadedModel, policy: int)
         asked = GREEDY | {"max_tokens": 40, "extra_body": IDS}
         answer = client.completions.create(prompt=prompts, **asked)
         assert [choice.token_ids for choice in answer.choices] == expected
+        assert cached_tokens(answer) == (32 if prefix_caching else 0), "LONG[:33] begins like LONG"
         streamed: list[list[int]] = [[] for _ in prompts]
-        for chunk in client.completions.create(prompt=prompts, stream=True, **asked):
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last = client.completions.create(prompt=prompts, **options, **asked)
+        for chunk in chunks:
             streamed[chunk.choices[0].index] += chunk.choices[0].token_ids
         assert streamed == expected
+        assert cached_tokens(last) == (64 + 32 if prefix_caching else 0), "whole chunks but the last token"
+    assert running.is_clean()
 
 
 def test_prompts_of_every_kind(client: OpenAI) -> None:
@@ -172,3 +184,14 @@ def test_metrics(serve: Any) -> None:
     assert values["kvq_kv_pages"] == running.engine.kv_stats()["pages"]
     for name in ("requests_running", "requests_waiting", "kv_pages_used", "preemptions_total"):
         assert values[f"kvq_{name}"] == 0
+
+
+def test_metrics_of_the_prefix_cache(serve: Any) -> None:
+    running = serve()
+    for _ in range(2):
+        body = {"model": "tiny", "prompt": LONG, "max_tokens": 1}
+        httpx.post(f"{running.url}/v1/completions", json=body).raise_for_status()
+    lines = httpx.get(f"{running.url}/metrics").text.splitlines()
+    assert f"kvq_prefix_cache_prompt_tokens_total {2 * len(LONG):.1f}" in lines
+    assert "kvq_prefix_cache_hit_tokens_total 64.0" in lines
+    assert "kvq_kv_pages_cached 4.0" in lines and "kvq_kv_pages_used 0.0" in lines
