@@ -15,6 +15,7 @@ from kvq_kernels import warp_decode
 from kvq_kernels.bits import (
     decode_table,
     load_signs,
+    load_square,
     load_tile,
     multiply_rows,
     qjl_matrix,
@@ -57,8 +58,8 @@ def load_query(
 ):  # fmt: skip
     """Queries at pointers `rows` [R] -> [R, DP] in DTYPE, rotated if the keys are."""
     if ROTATED:
-        CHUNK: tl.constexpr = 16 if D < 32 else 32
-        q = (multiply_rows(rows, row_mask, matrix, D, R, CHUNK) * (1.0 / D**0.5)).to(DTYPE)
+        CHUNK: tl.constexpr = 32 if D % 32 == 0 else 16
+        q = (multiply_rows(rows, row_mask, matrix, D, DP, R, CHUNK) * (1.0 / D**0.5)).to(DTYPE)
     else:
         d = tl.arange(0, DP)
         q = tl.load(rows[:, None] + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
@@ -229,7 +230,7 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["splits", "parts"])
 def _merge_kernel(
-    out, partial, partial2, stats, sinks, projection, out_stride, qjl_factor, scale, splits, parts,
+    out, partial, partial2, stats, sinks, projection, back, out_stride, qjl_factor, scale, splits, parts,
     VALUE: tl.constexpr, ROTATED: tl.constexpr, CAP: tl.constexpr,
     HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr,
     QUERY_HEADS: tl.constexpr, PP: tl.constexpr,
@@ -258,10 +259,12 @@ def _merge_kernel(
     if VALUE == "qjl":
         x2 = tl.load(partial2 + source, mask=mask & (part < splits)[:, None], other=0.0)
         x2 = tl.sum(x2 * weight[:, None], 0)
-        s = tl.load(projection + d[:, None] * DV + d[None, :])
+        s = load_square(projection, DV, DVP)
         x += tl.sum(s * x2[:, None], 0) * qjl_factor
-    if ROTATED:
+    if ROTATED and DV == DVP:
         x = tl.reshape(walsh(tl.reshape(x, (1, DV)), 1, DV), (DV,)) * (1.0 / DV**0.5)
+    elif ROTATED:
+        x = tl.sum(load_square(back, DV, DVP) * x[None, :], 1) * (1.0 / DV**0.5)
     if HAS_RAW:
         raw_m = tl.load(stats + (row * parts + splits) * 2)
         mask = d < tl.where(raw_m > float("-inf"), DV, 0)
@@ -319,6 +322,20 @@ def value_projection(codec: Codec, head_dim: int, device: torch.device) -> Tenso
     if codec.scheme == "qjl":
         return qjl_projection(head_dim, torch.float32, device)
     return decode_table("none", torch.float32, device)
+
+
+def rotation(codec: Codec, head_dim: int, device: torch.device) -> Tensor:
+    """√D · H of rotated values whose head dim is no power of two (float32); else something unused."""
+    if codec.rotated and head_dim & (head_dim - 1):
+        return signs_of_hadamard(head_dim, torch.float32, device)
+    return decode_table("none", torch.float32, device)
+
+
+def _merge_warps(codec: Codec, head_dim: int) -> int:
+    """More where a [D, D] matrix is to be held."""
+    if codec.rotated and head_dim & (head_dim - 1):
+        return 8 if head_dim < 128 else 16
+    return 8 if codec.scheme == "qjl" else 2
 
 
 def num_splits(requests: int, layout: PageLayout, tiles: int, multiprocessors: int) -> int:
@@ -398,12 +415,13 @@ def paged_decode(
         )  # fmt: skip
     _merge_kernel[(requests * query_heads,)](
         out, partial, partial2, stats, stats if sinks is None else sinks,
-        value_projection(layout.value, value_dim, device), out.stride(1), qjl_scale(value_dim),
+        value_projection(layout.value, value_dim, device), rotation(layout.value, value_dim, device),
+        out.stride(1), qjl_scale(value_dim),
         scale, splits, parts,
         VALUE=layout.value.scheme, ROTATED=layout.value.rotated, CAP=softcap > 0,
         HAS_RAW=raw is not None, HAS_SINKS=sinks is not None, QUERY_HEADS=query_heads,
         PP=triton.next_power_of_2(parts),
         DV=value_dim, DVP=triton.next_power_of_2(value_dim),
-        num_warps=8 if layout.value.scheme == "qjl" else 2,
+        num_warps=_merge_warps(layout.value, value_dim),
     )  # fmt: skip
     return out

@@ -287,7 +287,7 @@ def _history_kernel(
             acc = _rotated_back(acc, out + to[:, None] * DV, real, back, DV)
         elif FAST:
             d = unpacked_elements(VALUE_PER, DV)
-        elif VALUE_ROTATED and VALUE != "qjl":
+        elif VALUE_ROTATED and VALUE != "qjl" and DV == DVP:
             acc = walsh(acc, M, DV) * (1.0 / DV**0.5)
         tl.store(logs + to, tl.where(l > 0, log, float("-inf")), mask=real)
         mask = real[:, None] & (d < DV)[None, :]
@@ -629,6 +629,8 @@ def paged_prefill(
         if layout.value.scheme == "qjl":
             projection = qjl_projection(value_dim, torch.float32, device)
             earlier = hadamard(earlier + signs @ (projection * qjl_scale(value_dim)))
+        elif layout.value.rotated and value_dim & (value_dim - 1):
+            earlier = hadamard(earlier)
     grid, options = cut(_geometries[1] or _geometry(_PLAIN, layout, rows, device))
     _fresh_kernel[grid](
         query, key, value, out, cu_chunk_lens, history_lens, earlier, logs, out if sinks is None else sinks,

@@ -25,6 +25,9 @@ CASES = {
     "turbo-raw-D64": (Case("turbo", "lm2", **FULL), (86, 90)),
     "lm-D256": (Case("lm3", "lm4", key_dim=256, value_dim=256), (80, 90)),
     "padded-D96x80": (Case("int4", "fp8", key_dim=96, value_dim=80), (75, 90)),
+    "rotated-D96": (Case("turbo", "lm2", key_dim=96, value_dim=96), (75, 80, 86, 89, 90)),
+    "rotated-D80x192": (Case("lm3", "lm4", key_dim=80, value_dim=192), (75, 90)),
+    "qjl-D80": (Case("qjl", "qjl", key_dim=80, value_dim=80), (75, 90)),
     "qjl-D64": (Case("qjl", "qjl"), (75, 90)),
     "float32-D128": (Case("turbo", "int8", key_dim=128, value_dim=128), (86, 90)),
 }

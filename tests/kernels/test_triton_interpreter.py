@@ -133,7 +133,9 @@ else:
         check(prefill(problem, paged_prefill.paged_prefill), problem)
 
     @pytest.mark.parametrize("head_dim", [80, 96, 192])
-    @pytest.mark.parametrize("codecs", ["none:int8", "int4:fp8", "int8:none", "fp8:int4"])
+    @pytest.mark.parametrize(
+        "codecs", ["none:int8", "int4:fp8", "int8:none", "fp8:int4", "turbo:lm2", "lm3:lm4", "qjl:qjl"]
+    )
     def test_decode_and_prefill_of_padded_head_dims(codecs: str, head_dim: int) -> None:
         key, value = codecs.split(":")
         case = Case(
