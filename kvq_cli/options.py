@@ -210,6 +210,17 @@ Recent = Annotated[
         rich_help_panel=CACHE_PANEL,
     ),
 ]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layers",
+        help="Codecs of some layers in place of the policy's, as `0,1,-2,-1=8` or `4-9=int8:lm3`; several "
+        "times for more. `kvq eval --sensitivity` proposes them.",
+        metavar="LAYERS=POLICY",
+        show_default="the policy's, for all layers",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
 KvMemory = Annotated[
     int | None,
     typer.Option(
@@ -357,6 +368,7 @@ ENGINE_FLAGS: dict[str, Any] = {
     "policy": Policy,
     "sink": Sink,
     "recent": Recent,
+    "layers": Layers,
     "kv_memory": KvMemory,
     "gpu_memory_utilization": GpuMemoryUtilization,
     "page_size": PageSize,
@@ -407,6 +419,8 @@ def name_the_flag(error: UsageError, command: str) -> UsageError:
 
 def _flag_default(name: str) -> Any:
     value = getattr(DEFAULTS, name)
+    if name == "layers":
+        return None
     return str(value) if name == "policy" else value
 
 

@@ -2,7 +2,7 @@
 
 A power of two has Sylvester's matrix (Walsh-Hadamard). Head dims like 80, 96 or 192 are a power of two times
 12, 20, 28, 36 or 60, sizes with a Hadamard matrix of their own: the Kronecker product of the two mixes all
-elements alike, which rotating blocks of 32 or 64 one by one would not, without padding or a norm for each block.
+elements alike, as rotating blocks of 32 or 64 would not, without padding or a norm for each block.
 """
 
 import math

@@ -106,7 +106,7 @@ def eval(
     kvq eval --policies none,int8,42 --dataset-path book.txt --context-len 2048
     kvq eval --policies 42 --sink 4 --recent 128 --max-kl 0.02
     """
-    chosen = [config.replace(policy=policy).resolved_policy() for policy in parse_policies(policies)]
+    chosen = [config.with_policy(policy).resolved_policy() for policy in parse_policies(policies)]
     from kvq_core.quality.text import read_text, sample_text
 
     text, name = (read_text(dataset_path), dataset_path.name) if dataset_path else sample_text()
@@ -193,14 +193,7 @@ def _records(
         RunRecord(
             label=row.policy.label,
             complete=result.complete,
-            policy={
-                "name": row.policy.label,
-                "number": row.policy.number,
-                "key": row.policy.key,
-                "value": row.policy.value,
-                "sink": row.policy.sink,
-                "recent": row.policy.recent,
-            },
+            policy=row.policy.describe(),
             model=described,
             env=env,
             workload=workload,

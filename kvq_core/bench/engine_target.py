@@ -23,14 +23,7 @@ class EngineTarget:
         policy = config.resolved_policy()
         return TargetInfo(
             model=self.engine.model.describe(),
-            policy={
-                "name": policy.label,
-                "number": policy.number,
-                "key": policy.key,
-                "value": policy.value,
-                "sink": policy.sink,
-                "recent": policy.recent,
-            },
+            policy=policy.describe(),
             engine={
                 "backend": "triton" if self.engine.model.device.type == "cuda" else "reference",
                 "device": config.device,

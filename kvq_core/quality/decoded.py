@@ -47,7 +47,7 @@ def decoded_drift(model: LoadedModel, ids: Tensor, policy: Policy, reference: Te
 
 def enough_memory(model: LoadedModel, policy: Policy, tokens: int) -> int:
     """Bytes of a cache that holds one request of so many tokens, and its unquantized ones."""
-    key, value = get_codec(policy.key), get_codec(policy.value)
+    own = [(get_codec(p.key), get_codec(p.value)) for p in policy.by_layer(model.geometry.num_layers)]
     page = EngineConfig().page_size
     slots = (tokens // page + 3) * page
     return sum(
@@ -57,5 +57,5 @@ def enough_memory(model: LoadedModel, policy: Policy, tokens: int) -> int:
             + slots * value.bytes_per_vector(layer.value_dim, model.dtype)
             + (policy.sink + policy.recent) * (layer.key_dim + layer.value_dim) * model.dtype.itemsize
         )
-        for layer in model.geometry.layers
+        for layer, (key, value) in zip(model.geometry.layers, own, strict=True)
     )

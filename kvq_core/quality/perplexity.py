@@ -110,9 +110,9 @@ def evaluate(
 
 def check_head_dims(geometry: ModelGeometry, policy: Policy) -> None:
     """`KvqError` where a codec of the policy can't take a head dim of the model."""
-    for layer in set(geometry.layers):
-        get_codec(policy.key).check_head_dim(layer.key_dim)
-        get_codec(policy.value).check_head_dim(layer.value_dim)
+    for layer, own in set(zip(geometry.layers, policy.by_layer(geometry.num_layers), strict=True)):
+        get_codec(own.key).check_head_dim(layer.key_dim)
+        get_codec(own.value).check_head_dim(layer.value_dim)
 
 
 def effective_bits(geometry: ModelGeometry, policy: Policy, context_len: int) -> float:
@@ -122,10 +122,10 @@ def effective_bits(geometry: ModelGeometry, policy: Policy, context_len: int) ->
     """
     raw = (policy.sink + policy.recent) / context_len
     size = elements = 0.0
-    for layer in geometry.layers:
+    for layer, own in zip(geometry.layers, policy.by_layer(geometry.num_layers), strict=True):
         count = layer.num_kv_heads * (layer.key_dim + layer.value_dim)
-        record = get_codec(policy.key).bytes_per_vector(layer.key_dim)
-        record += get_codec(policy.value).bytes_per_vector(layer.value_dim)
+        record = get_codec(own.key).bytes_per_vector(layer.key_dim)
+        record += get_codec(own.value).bytes_per_vector(layer.value_dim)
         size += layer.num_kv_heads * record + raw * 2 * count
         elements += count
     return 8 * size / elements

@@ -4,6 +4,7 @@ One plain forward then shows what a policy does to a model: prefill over fresh k
 engine does it for speed, would hide the quantization.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +24,23 @@ BLOCK = 256
 class ReadBack:
     """What the attention does; travels through the model's forward as the keyword `read_back`."""
 
-    policy: Policy
+    policies: tuple[Policy, ...]
+    """Of each layer."""
     windows: tuple[int, ...]
     """Sliding window of each layer, 0 for none."""
     prompt_len: int = 0
     """The first tokens see each other unquantized, as one prompt chunk does in the engine."""
+    observe: Callable[[int, Tensor, Tensor], None] | None = None
+    """Called with the layer, its keys and its values [Hkv, T, D]."""
 
 
-def logits(model: LoadedModel, ids: Tensor, policy: Policy, prompt_len: int = 0) -> Tensor:
+def logits(
+    model: LoadedModel,
+    ids: Tensor,
+    policy: Policy,
+    prompt_len: int = 0,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
     """ids [L] -> logits [L, V] of a plain forward whose keys and values pass through the policy's codecs."""
     from transformers import AttentionInterface
 
@@ -44,7 +54,7 @@ def logits(model: LoadedModel, ids: Tensor, policy: Policy, prompt_len: int = 0)
                 input_ids=ids[None].to(model.device),
                 position_ids=torch.arange(ids.shape[0], device=model.device)[None],
                 use_cache=False,
-                read_back=ReadBack(policy, windows, prompt_len),
+                read_back=ReadBack(policy.by_layer(len(windows)), windows, prompt_len, observe),
             )
     finally:
         model.model.set_attn_implementation(before)
@@ -69,13 +79,15 @@ def read_back_attention(
 
     A query at t reads j < sink and j > t - recent as they are, all others through the codec.
     """
-    policy = read_back.policy
-    window = read_back.windows[module.layer_idx]  # type: ignore[index]
+    index: int = module.layer_idx  # type: ignore[assignment]
+    policy, window = read_back.policies[index], read_back.windows[index]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     (heads, tokens, _), kv_heads = query[0].shape, key.shape[1]
     groups = heads // kv_heads
     q = query[0].unflatten(0, (kv_heads, groups))
     k, v = key[0], value[0]
+    if read_back.observe is not None:
+        read_back.observe(index, k, v)
     k_read, v_read = get_codec(policy.key).roundtrip(k), get_codec(policy.value).roundtrip(v)
     mixed = policy.is_quantized and bool(policy.sink or policy.recent or read_back.prompt_len)
     output = value.new_empty(tokens, heads, value.shape[-1])
