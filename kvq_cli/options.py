@@ -419,8 +419,6 @@ def name_the_flag(error: UsageError, command: str) -> UsageError:
 
 def _flag_default(name: str) -> Any:
     value = getattr(DEFAULTS, name)
-    if name == "layers":
-        return None
     return str(value) if name == "policy" else value
 
 

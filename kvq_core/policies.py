@@ -123,8 +123,8 @@ WINDOW = re.compile(r"(.+)\+s(\d{1,6})r(\d{1,6})")
 def get_policy(spec: "int | str | Policy") -> Policy:
     """The policy for a number (0, 8, 4, 16, 42), a registered name, or a pair `K:V` of codecs.
 
-    Any of them may go on with `@LAYERS=POLICY`, once or more, as in `42@0,1,-2,-1=8`, for layers with codecs of
-    their own, and end in `+sNrM`, as labels do: the first N and the last M tokens stay unquantized.
+    Any of them may go on with `@LAYERS=POLICY`, once or more, as in `42@0,1,-2,-1=8`, for layers with codecs
+    of their own, and end in `+sNrM`, as labels do: the first N and the last M tokens stay unquantized.
     Raises `KvqError` with the list of known names for anything else.
     """
     if isinstance(spec, Policy):

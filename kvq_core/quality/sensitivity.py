@@ -1,9 +1,10 @@
 """Which layers' keys and values cost most, and which codecs to give them for a budget of bytes per token.
 
 Keys and values of one layer at a time are quantized, all else is not: errors of different layers are
-independent and small, so that the KL divergences which they cause one by one add up to what they cause together,
-nearly; and one at a time they are not lost in the noise of the others. KL grows with the square of an error, so
-other codecs are predicted from their squared error on the same vectors, relative to the codec that was measured.
+independent and small, so that the KL divergences which they cause one by one nearly add up to what they
+cause together; and one at a time they are not lost in the noise of the others. KL grows with the square of
+an error: other codecs are predicted from their squared error on the same vectors, relative to the codec that
+was measured.
 """
 
 from collections.abc import Callable, Sequence
@@ -195,19 +196,14 @@ def _as_policy(sides: Sequence[Side], policy: Policy, names: Sequence[str]) -> P
     )  # fmt: skip
 
 
-def describe(sides: Sequence[Side], proposal: Proposal | None) -> dict[str, Any]:
+def describe(sides: Sequence[Side], proposal: Proposal) -> dict[str, Any]:
     """The `sensitivity` of a record: KL of each layer, and what was proposed."""
     layers = sorted({side.layer for side in sides})
     found = {(side.layer, side.values): side.kl for side in sides}
-    ranked: dict[str, Any] = {
-        "layers": [{"layer": i, "key_kl": found[i, False], "value_kl": found[i, True]} for i in layers]
+    return {
+        "layers": [{"layer": i, "key_kl": found[i, False], "value_kl": found[i, True]} for i in layers],
+        "flags": proposal.flags,
+        "bytes_per_token": proposal.bytes_per_token,
+        "budget": proposal.budget,
+        "predicted_kl": proposal.predicted_kl,
     }
-    if proposal is not None:
-        ranked["proposal"] = {
-            "flags": proposal.flags,
-            "policy": proposal.policy.describe(),
-            "bytes_per_token": proposal.bytes_per_token,
-            "budget": proposal.budget,
-            "predicted_kl": proposal.predicted_kl,
-        }
-    return ranked
