@@ -221,6 +221,15 @@ Layers = Annotated[
         rich_help_panel=CACHE_PANEL,
     ),
 ]
+KeyBias = Annotated[
+    str,
+    typer.Option(
+        help="auto: where a model's keys have a large constant part (Qwen2's bias), it stays out of the cache, "
+        "so that few bits do. off: quantize keys as they are.",
+        metavar="auto|off",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
 KvMemory = Annotated[
     int | None,
     typer.Option(
@@ -369,6 +378,7 @@ ENGINE_FLAGS: dict[str, Any] = {
     "sink": Sink,
     "recent": Recent,
     "layers": Layers,
+    "key_bias": KeyBias,
     "kv_memory": KvMemory,
     "gpu_memory_utilization": GpuMemoryUtilization,
     "page_size": PageSize,

@@ -21,6 +21,8 @@ class EngineConfig:
     recent: int | None = None
     layers: tuple[str, ...] = ()
     """Layers with codecs of their own, each `LAYERS=POLICY`: `0,1,-2,-1=8`."""
+    key_bias: str = "auto"
+    """auto | off: leave a large constant part of the keys (as Qwen2's bias makes it) out of the cache."""
     dtype: str = "auto"
     """auto | bfloat16 | float16 | float32 | float64"""
     device: str = "auto"
@@ -58,6 +60,8 @@ class EngineConfig:
         for name in ("page_size", "max_num_seqs", "prefill_chunk", "tp"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.key_bias not in ("auto", "off"):
+            raise UsageError(f"key_bias must be auto or off, got {self.key_bias}")
         if self.page_size % 16:
             raise UsageError(f"page_size must be a multiple of 16, got {self.page_size}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -25,6 +25,7 @@ from kvq_kernels.bits import (
 )
 from kvq_kernels.codebook import qjl_projection, qjl_scale
 from kvq_kernels.exponent import LOG2E, cap, exponent_unit
+from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
 
@@ -68,10 +69,10 @@ def load_query(
 
 @triton.jit
 def attend_pages(
-    q, q2, m, l, acc, acc2, t,
+    q, q2, bias_q, m, l, acc, acc2, t,
     pages, table, low, high, first, last,
-    key_table, value_table, scale, softcap, window,
-    KEY: tl.constexpr, VALUE: tl.constexpr, KEY_META: tl.constexpr,
+    key_table, value_table, bias_table, scale, softcap, window,
+    BIAS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, page_stride,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     DTYPE: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
@@ -79,7 +80,8 @@ def attend_pages(
 ):  # fmt: skip
     """Tiles `first` to `last` of N tokens, of which positions low … high - 1 are read, for queries at t [M].
 
-    pages: pointer to the kv head's block in page 0; table: pointer to the request's block table.
+    pages: pointer to the kv head's block in page 0; table: pointer to the request's block table. If BIAS,
+    bias_q [M, DKP] meets rows of bias_table by position (`key_bias.py`), in float32: spikes need its digits.
     """
     unit = exponent_unit(scale, CAP)
     KEY_BIAS: tl.constexpr = KEY == "int8" or KEY == "int4"
@@ -101,6 +103,11 @@ def attend_pages(
         if KEY == "qjl":
             signs, length = load_signs(block, meta, row, valid, DTYPE, DK, DKP, P)
             scores += tl.dot(q2, tl.trans(signs), input_precision="ieee") * length[None, :]
+        if BIAS:
+            d = tl.arange(0, DKP)
+            place = bias_table + position.to(tl.int64)[:, None] * DK + d[None, :]
+            row_of_table = tl.load(place, mask=valid[:, None] & (d < DK)[None, :], other=0.0)
+            scores += tl.dot(bias_q, tl.trans(row_of_table), input_precision="ieee")
         seen = valid[None, :]
         if WINDOW:
             seen = seen & (position[None, :] > t[:, None] - window)
@@ -166,11 +173,11 @@ def attend_raw(
 
 @triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "first_part", "G"])
 def _decode_kernel(
-    query, pages, tables, context_lens, matrix, matrix2, key_table, value_table,
+    query, pages, tables, context_lens, matrix, matrix2, key_table, value_table, bias_query, bias_table,
     raw_keys, raw_values, rings, partial, partial2, stats,
     query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window, splits, parts,
     first_part, G,
-    KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr, KEY_META: tl.constexpr,
+    BIAS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, HAS_RAW: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr,
@@ -204,11 +211,15 @@ def _decode_kernel(
             q2 = q
             if KEY == "qjl":
                 q2 = load_query(rows, g < G, matrix2, ROTATED, DTYPE, DK, DKP, GP)
+            bias_q = q
+            if BIAS:
+                at = bias_query + (request * HEADS * G + query_head) * DK
+                bias_q = load_query(at, g < G, matrix, False, DTYPE, DK, DKP, GP)
             m, l, acc, acc2 = attend_pages(
-                q, q2, m, l, acc, acc2, t,
+                q, q2, bias_q, m, l, acc, acc2, t,
                 pages + head * BLOCK_BYTES, tables + request * table_stride, low, high, first, last,
-                key_table, value_table, scale, softcap, window,
-                KEY, VALUE, KEY_META, VALUE_OFFSET, META_OFFSET, page_stride,
+                key_table, value_table, bias_table, scale, softcap, window,
+                BIAS, KEY, VALUE, KEY_META, VALUE_OFFSET, META_OFFSET, page_stride,
                 WINDOW, CAP, SINK, RECENT, DTYPE, DK, DKP, DV, DVP, P, N,
             )  # fmt: skip
     elif HAS_RAW:
@@ -361,6 +372,7 @@ def paged_decode(
     raw: RawWindow | None = None,
     rings: Tensor | None = None,
     max_context: int | None = None,
+    bias: KeyBias | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """See `reference.paged_decode`; two launches, no look at device memory. `splits` overrides the choice."""
@@ -373,7 +385,7 @@ def paged_decode(
     tokens = tile_tokens(layout, query.dtype, query.device)
     longest = block_tables.shape[1] * layout.page_size if max_context is None else max_context
     reach = min(longest, window) if window else longest
-    by_warps = warp_decode.fits(query, layout)
+    by_warps = bias is None and warp_decode.fits(query, layout)
     if splits is None and by_warps:
         splits = warp_decode.num_splits(requests, layout, reach, _multiprocessors(query.device))
     elif splits is None:
@@ -400,10 +412,12 @@ def paged_decode(
             query, pages, block_tables, context_lens, matrix, matrix2,
             decode_table(layout.key.scheme, query.dtype, device),
             decode_table(layout.value.scheme, query.dtype, device),
+            query if bias is None else bias.weights(query), query if bias is None else bias.table,
             query if raw is None else raw.keys, query if raw is None else raw.values,
             context_lens if rings is None else rings, partial, partial2, stats,
             query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0),
             scale, softcap, window, splits, parts, first_part, group,
+            BIAS=bias is not None,
             KEY=layout.key.scheme, VALUE=layout.value.scheme, ROTATED=layout.key.rotated,
             KEY_META=layout.key.num_meta, VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
             BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, HAS_RAW=raw is not None,

@@ -164,6 +164,7 @@ def eval(
             windows,
             chosen,
             through_engine=through_engine,
+            key_bias=config.key_bias,
             progress=lambda done, total: update(done=done, total=total),
         )
     if not result.rows:

@@ -34,6 +34,7 @@ class EngineTarget:
                 "max_num_batched_tokens": config.max_num_batched_tokens,
                 "max_model_len": config.max_model_len,
                 "kv_memory": config.kv_memory,
+                "key_bias": config.key_bias,
                 "cuda_graphs": self.engine.runner.has_graphs,
             },
         )

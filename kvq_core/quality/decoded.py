@@ -11,7 +11,9 @@ from kvq_core.policies import Policy
 from kvq_core.quality.drift import Drift
 
 
-def decoded_drift(model: LoadedModel, ids: Tensor, policy: Policy, reference: Tensor) -> Drift:
+def decoded_drift(
+    model: LoadedModel, ids: Tensor, policy: Policy, reference: Tensor, key_bias: str = "auto"
+) -> Drift:
     """ids [L], reference logits [L - 1, V]: feed the text through the engine, one token a step.
 
     The first token is the prompt; its successors are forced, by logits that leave the sampler no choice.
@@ -19,6 +21,7 @@ def decoded_drift(model: LoadedModel, ids: Tensor, policy: Policy, reference: Te
     tokens = ids.tolist()
     config = EngineConfig(
         policy=policy,
+        key_bias=key_bias,
         max_num_seqs=1,
         max_model_len=len(tokens),
         prefill_chunk=len(tokens),

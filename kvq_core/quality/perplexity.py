@@ -59,6 +59,7 @@ def evaluate(
     policies: Sequence[Policy],
     *,
     through_engine: bool = False,
+    key_bias: str = "auto",
     progress: Progress | None = None,
 ) -> Result:
     """Measure each policy against the unquantized cache on every window: tokens 2 … L are predicted.
@@ -85,13 +86,13 @@ def evaluate(
                     if progress:
                         progress(done * (1 + len(policies)) + 1 + index, steps)
                     if through_engine:
-                        found.append(decoded_drift(model, ids, policy, reference))
+                        found.append(decoded_drift(model, ids, policy, reference, key_bias))
                         continue
                     if not policy.is_quantized:
                         found.append(itself)
                         continue
                     drift = Drift()
-                    drift.add(reference, logits(model, ids, policy)[:-1], ids[1:])
+                    drift.add(reference, logits(model, ids, policy, key_bias=key_bias)[:-1], ids[1:])
                     found.append(drift)
             for total, drift in zip(totals, found, strict=True):
                 total.merge(drift)
