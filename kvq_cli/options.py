@@ -224,7 +224,7 @@ Layers = Annotated[
 KeyBias = Annotated[
     str,
     typer.Option(
-        help="auto: where a model's keys have a large constant part (Qwen2's bias), it stays out of the cache, "
+        help="auto: where a model's keys have a large constant part (Qwen2), it stays out of the cache, "
         "so that few bits do. off: quantize keys as they are.",
         metavar="auto|off",
         rich_help_panel=CACHE_PANEL,

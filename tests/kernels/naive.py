@@ -284,7 +284,7 @@ def decode(problem: Problem, paged_decode, **changes) -> Tensor:
     )
 
 
-def prefill(problem: Problem, paged_prefill) -> Tensor:
+def prefill(problem: Problem, paged_prefill, **changes) -> Tensor:
     """Run a prefill op on the problem's chunks."""
     case = problem.case
     histories = torch.tensor(case.contexts, dtype=torch.int32, device=case.device)
@@ -293,5 +293,5 @@ def prefill(problem: Problem, paged_prefill) -> Tensor:
     return paged_prefill(
         problem.query, torch.cat([k for k, _ in fresh]), torch.cat([v for _, v in fresh]), problem.pages,
         problem.tables, bounds, histories, problem.layout, max_chunk=max(case.chunks),
-        max_history=max(case.contexts), **problem.options,
+        max_history=max(case.contexts), **(problem.options | changes),
     )  # fmt: skip
