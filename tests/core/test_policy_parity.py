@@ -72,7 +72,7 @@ def reference_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query [1, Hq, T, D], key and value [1, Hkv, T, D]; scores with fresh and with read-back keys, mixed."""
-    policy = rule.policy
+    policy = rule.policy.by_layer(len(rule.windows))[module.layer_idx]  # type: ignore[index]
     groups = query.shape[1] // key.shape[1]
     fresh = [x.repeat_interleave(groups, dim=1) for x in (key, value)]
     read = [
@@ -197,6 +197,7 @@ POLICIES = {
     "42-sink-recent": {"policy": 42, "sink": 2, "recent": 11},
     "4-sink": {"policy": 4, "sink": 18},
     "4-recent": {"policy": 4, "recent": 24},
+    "42-layers": {"policy": 42, "layers": ("-1=int8:none",), "sink": 1, "recent": 6},
     "42-recent-1": {"policy": 42, "recent": 1},
 }
 WHOLE = EngineConfig(page_size=PAGE, max_num_seqs=4, prefill_chunk=64, kv_memory=8 << 20)
