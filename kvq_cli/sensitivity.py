@@ -54,13 +54,15 @@ def only_policy(chosen: list[Policy]) -> Policy:
 
 
 def propose_layers(
-    model: "LoadedModel", windows: "Windows", policy: Policy, budget: float | int
+    model: "LoadedModel", windows: "Windows", policy: Policy, budget: float | int, key_bias: str
 ) -> tuple[list["Side"], "Proposal"]:
     """Measure every layer, and propose."""
     from kvq_core.quality.sensitivity import policy_bytes, propose, sensitivity
 
     with console.progress("measuring keys and values of each layer") as update:
-        sides = sensitivity(model, windows, policy, lambda done, total: update(done=done, total=total))
+        sides = sensitivity(
+            model, windows, policy, key_bias, lambda done, total: update(done=done, total=total)
+        )
     if isinstance(budget, float):
         budget = int(policy_bytes(sides, policy) * budget)
     return sides, propose(sides, policy, budget)

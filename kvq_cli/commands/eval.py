@@ -156,7 +156,7 @@ def eval(
     console.say(f"{name}: {count} of {windows.available} windows of {context_len} tokens")
     found = None
     if start is not None:
-        found = propose_layers(loaded, windows, start, 1.1 if budget is None else budget)
+        found = propose_layers(loaded, windows, start, 1.1 if budget is None else budget, config.key_bias)
         chosen = list(dict.fromkeys((start, found[1].policy)))
     with console.progress(f"measuring {len(chosen)} policies") as update:
         result = evaluate(
@@ -237,7 +237,7 @@ def _records(
             model=described,
             env=env,
             workload=workload,
-            kv={"bits_per_element": row.bits_per_element},
+            kv={"bits_per_element": row.bits_per_element, "key_bias": config.key_bias},
             metrics={
                 **row.to_dict(),
                 "reference_ppl": result.reference_ppl,

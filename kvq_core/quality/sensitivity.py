@@ -80,6 +80,7 @@ def sensitivity(
     model: LoadedModel,
     windows: Windows,
     policy: Policy,
+    key_bias: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Side]:
     """What the keys and the values of each layer cost under `policy` (its own rules for layers left out).
@@ -103,7 +104,11 @@ def sensitivity(
                 done += 1
                 if progress:
                     progress(done, len(windows.ids) * len(drifts))
-                drift.add(reference, logits(model, ids, _only(policy, layer, values))[:-1], ids[1:])
+                drift.add(
+                    reference,
+                    logits(model, ids, _only(policy, layer, values), key_bias=key_bias)[:-1],
+                    ids[1:],
+                )
     return [
         _side(geometry, layer, values, policy.value if values else policy.key, drift.figures().kl, errors)
         for (layer, values), drift in drifts.items()
