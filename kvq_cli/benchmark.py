@@ -132,7 +132,7 @@ def measure_policies(
     for repeat, policy in runs:
         if policy in given_up:
             continue
-        own, number = config.replace(policy=policy), repeat if repeats > 1 else None
+        own, number = config.with_policy(policy), repeat if repeats > 1 else None
         try:
             config = _measure(model, own, workload, load, plan.limits, label, number, session)
         except KeyboardInterrupt:
@@ -159,9 +159,10 @@ def _check_codecs(model: "LoadedModel", policies: Sequence[Policy]) -> None:
     from kvq_core.codecs import get_codec
 
     for policy in policies:
-        for layer in model.geometry.layers:
-            get_codec(policy.key).check_head_dim(layer.key_dim)
-            get_codec(policy.value).check_head_dim(layer.value_dim)
+        own = policy.by_layer(model.geometry.num_layers)
+        for layer, codecs in zip(model.geometry.layers, own, strict=True):
+            get_codec(codecs.key).check_head_dim(layer.key_dim)
+            get_codec(codecs.value).check_head_dim(layer.value_dim)
 
 
 def _measure(

@@ -210,6 +210,26 @@ Recent = Annotated[
         rich_help_panel=CACHE_PANEL,
     ),
 ]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layers",
+        help="Codecs of some layers in place of the policy's, as `0,1,-2,-1=8` or `4-9=int8:lm3`; several "
+        "times for more. `kvq eval --sensitivity` proposes them.",
+        metavar="LAYERS=POLICY",
+        show_default="the policy's, for all layers",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
+KeyBias = Annotated[
+    str,
+    typer.Option(
+        help="auto: where a model's keys have a large constant part (Qwen2), it stays out of the cache, "
+        "so that few bits do. off: quantize keys as they are.",
+        metavar="auto|off",
+        rich_help_panel=CACHE_PANEL,
+    ),
+]
 KvMemory = Annotated[
     int | None,
     typer.Option(
@@ -366,6 +386,8 @@ ENGINE_FLAGS: dict[str, Any] = {
     "policy": Policy,
     "sink": Sink,
     "recent": Recent,
+    "layers": Layers,
+    "key_bias": KeyBias,
     "kv_memory": KvMemory,
     "gpu_memory_utilization": GpuMemoryUtilization,
     "page_size": PageSize,

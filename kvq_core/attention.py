@@ -155,8 +155,12 @@ def attend(
         "softcap": softcap,
         "sinks": sinks,
         "raw": layer.raw,
+        "bias": layer.bias,
     }
-    dispatch.store(k, v, layer.pages, tables.slots, layer.layout)
+    stored = k
+    if layer.bias is not None:
+        stored = (k - layer.bias.at(batch.positions)).to(k.dtype)
+    dispatch.store(stored, v, layer.pages, tables.slots, layer.layout)
     outputs = []
     if decodes:
         if layer.raw is not None:

@@ -19,6 +19,10 @@ class EngineConfig:
     policy: int | str | Policy = 0
     sink: int | None = None
     recent: int | None = None
+    layers: tuple[str, ...] = ()
+    """Layers with codecs of their own, each `LAYERS=POLICY`: `0,1,-2,-1=8`."""
+    key_bias: str = "auto"
+    """auto | off: leave a large constant part of the keys (as Qwen2's bias makes it) out of the cache."""
     dtype: str = "auto"
     """auto | bfloat16 | float16 | float32 | float64"""
     device: str = "auto"
@@ -54,9 +58,13 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        rules = (self.layers,) if isinstance(self.layers, str) else self.layers or ()
+        object.__setattr__(self, "layers", tuple(rules))
         for name in ("page_size", "max_num_seqs", "prefill_chunk", "tp"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.key_bias not in ("auto", "off"):
+            raise UsageError(f"key_bias must be auto or off, got {self.key_bias}")
         if self.page_size % 16:
             raise UsageError(f"page_size must be a multiple of 16, got {self.page_size}")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -70,8 +78,13 @@ class EngineConfig:
         self.resolved_policy()
 
     def resolved_policy(self) -> Policy:
-        """The policy object, with `sink` and `recent` of this config applied."""
-        return get_policy(self.policy).with_window(self.sink, self.recent)
+        """The policy object, with `layers`, `sink` and `recent` of this config applied."""
+        return get_policy(self.policy).with_layers(self.layers).with_window(self.sink, self.recent)
+
+    def with_policy(self, policy: int | str | Policy) -> "EngineConfig":
+        """One of several policies to compare: settings of this config hold where it quantizes anything."""
+        own = get_policy(policy)
+        return replace(self, policy=own, layers=self.layers if own.is_quantized else ())
 
     def replace(self, **changes: Any) -> "EngineConfig":
         return replace(self, **changes)

@@ -119,7 +119,7 @@ class Pipeline:
         Running streams end. Where the new engine can't start, the old configuration comes back.
         """
         if not isinstance(config, EngineConfig):
-            config = self._asked.replace(policy=config, sink=None, recent=None)
+            config = self._asked.replace(policy=config, sink=None, recent=None, layers=())
         self.close()
         try:
             self._engine = Engine(self.model, config, self._progress)

@@ -1,9 +1,12 @@
 """Policies: a codec for keys, a codec for values, and how many tokens stay unquantized."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kvq_core.errors import KvqError, UsageError
+from kvq_core.layers import HINT, LayerRule, parse_spans
 
 CODEC_NAMES = (
     "none", "fp8", "int8", "int4", "lm4", "lm4-fit", "lm3", "lm2", "lm2-plain", "lm2-corrected", "turbo",
@@ -28,15 +31,58 @@ class Policy:
     number: int | None = None
     """LMDeploy's number, where it has one."""
     summary: str = ""
+    layers: tuple[LayerRule, ...] = ()
+    """Layers with codecs of their own; where several rules name a layer, the last one holds."""
 
     @property
     def is_quantized(self) -> bool:
-        return (self.key, self.value) != ("none", "none")
+        """Whether any layer is."""
+        pairs = {(self.key, self.value), *((rule.key, rule.value) for rule in self.layers)}
+        return pairs != {("none", "none")}
 
     @property
     def label(self) -> str:
-        """Name for tables: `turbo`, or `turbo+s4r128` with unquantized tokens."""
-        return f"{self.name}+s{self.sink}r{self.recent}" if self.sink or self.recent else self.name
+        """Name for tables, and a spec: `turbo`, `turbo+s4r128` with unquantized tokens, `turbo@0,-1=int8`."""
+        name = self.name + "".join(f"@{rule.text}" for rule in self.layers)
+        return f"{name}+s{self.sink}r{self.recent}" if self.sink or self.recent else name
+
+    def describe(self) -> dict[str, Any]:
+        """The `policy` of a run record."""
+        return {
+            "name": self.label,
+            "number": None if self.layers else self.number,
+            "key": self.key,
+            "value": self.value,
+            "sink": self.sink,
+            "recent": self.recent,
+            "layers": [rule.text for rule in self.layers],
+        }
+
+    def by_layer(self, num_layers: int) -> tuple["Policy", ...]:
+        """The policy of each layer of a model; `KvqError` where a rule names a layer that is not there."""
+        plain = replace(self, layers=())
+        chosen = [plain] * num_layers
+        for rule in self.layers:
+            own = replace(plain, name=rule.name, key=rule.key, value=rule.value, number=None)
+            for index in rule.layers(num_layers):
+                chosen[index] = own
+        return tuple(chosen)
+
+    def with_layers(self, rules: Iterable[str]) -> "Policy":
+        """With more rules `LAYERS=POLICY`, as in `0,1,-2,-1=8`; an error where one is none."""
+        more = []
+        for text in rules:
+            spans, equals, name = text.partition("=")
+            if not equals:
+                raise UsageError(f"layers: {text!r} has no `=POLICY`", HINT)
+            other = get_policy(name)
+            if other.sink or other.recent or other.layers:
+                raise UsageError(
+                    f"layers: `{name}` in {text!r} is more than codecs",
+                    "unquantized tokens are the same for all layers: use `--sink` and `--recent`",
+                )
+            more.append(LayerRule(parse_spans(spans), other.name, other.key, other.value))
+        return replace(self, layers=(*(rule for rule in self.layers if rule not in more), *more))
 
     def with_window(self, sink: int | None, recent: int | None) -> "Policy":
         """The same codecs with another number of unquantized tokens; None keeps the policy's own."""
@@ -77,7 +123,8 @@ WINDOW = re.compile(r"(.+)\+s(\d{1,6})r(\d{1,6})")
 def get_policy(spec: "int | str | Policy") -> Policy:
     """The policy for a number (0, 8, 4, 16, 42), a registered name, or a pair `K:V` of codecs.
 
-    Any of them may end in `+sNrM`, as labels do: the first N and the last M tokens stay unquantized.
+    Any of them may go on with `@LAYERS=POLICY`, once or more, as in `42@0,1,-2,-1=8`, for layers with codecs
+    of their own, and end in `+sNrM`, as labels do: the first N and the last M tokens stay unquantized.
     Raises `KvqError` with the list of known names for anything else.
     """
     if isinstance(spec, Policy):
@@ -85,6 +132,9 @@ def get_policy(spec: "int | str | Policy") -> Policy:
     text = str(spec).strip().lower()
     if window := WINDOW.fullmatch(text):
         return get_policy(window[1]).with_window(int(window[2]), int(window[3]))
+    text, *rules = text.split("@")
+    if rules:
+        return get_policy(text).with_layers(rules)
     for policy in REGISTRY:
         if text in (policy.name, str(policy.number)):
             return policy
@@ -105,8 +155,8 @@ def get_policy(spec: "int | str | Policy") -> Policy:
 
 
 def parse_policies(text: str) -> list[Policy]:
-    """A comma-separated list of policies, without repeats."""
-    policies = [get_policy(part) for part in text.split(",") if part.strip()]
+    """A comma-separated list of policies, without repeats. Commas between `@` and `=` are of layers."""
+    policies = [get_policy(part) for part in re.split(r",(?![^@]*=)", text) if part.strip()]
     if not policies:
         raise UsageError("no policy given", "for example `--policies 0,8,4,42`")
     return list(dict.fromkeys(policies))

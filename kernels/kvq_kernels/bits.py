@@ -122,19 +122,52 @@ def walsh(x, R: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def multiply_rows(rows, row_mask, matrix, D: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr):
-    """rows [R] pointers to D contiguous elements each -> their product with matrix [D, D], [R, D] float32.
+def multiply_rows(
+    rows, row_mask, matrix, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr
+):
+    """rows [R] pointers to D contiguous elements each -> their product with matrix [D, D], [R, DP] float32.
 
     The matrix has the elements' dtype. With ±1 entries nothing is rounded but the float32 sums.
     """
-    d = tl.arange(0, D)
-    out = tl.zeros((R, D), tl.float32)
+    d = tl.arange(0, DP)
+    out = tl.zeros((R, DP), tl.float32)
     for start in tl.static_range(0, D, CHUNK):
         k = start + tl.arange(0, CHUNK)
         x = tl.load(rows[:, None] + k[None, :], mask=row_mask[:, None], other=0.0)
-        h = tl.load(matrix + k[:, None] * D + d[None, :])
+        if DP == D:
+            h = tl.load(matrix + k[:, None] * D + d[None, :])
+        else:
+            h = tl.load(matrix + k[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
         out = tl.dot(x, h, out, input_precision="ieee")
     return out
+
+
+@triton.jit
+def load_square(matrix, D: tl.constexpr, DP: tl.constexpr):
+    """matrix [D, D] -> [DP, DP], zero beyond."""
+    d = tl.arange(0, DP)
+    if DP == D:
+        tile = tl.load(matrix + d[:, None] * D + d[None, :])
+    else:
+        inside = (d < D)[:, None] & (d < D)[None, :]
+        tile = tl.load(matrix + d[:, None] * D + d[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_rotated(rows, row_mask, matrix, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr):
+    """rows [R] pointers to D elements each -> H times them, [R, DP] float32; D is no power of two.
+
+    matrix: √D · H in the elements' dtype.
+    """
+    if R >= 16:
+        x = multiply_rows(rows, row_mask, matrix, D, DP, R, 32 if D % 32 == 0 else 16)
+    else:  # too few for a product of matrices
+        d = tl.arange(0, DP)
+        x = tl.load(rows[:, None] + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
+        h = load_square(matrix, D, DP).to(tl.float32)
+        x = tl.sum(h[None, :, :] * x.to(tl.float32)[:, None, :], 2)
+    return x * (1.0 / D**0.5)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -205,7 +238,8 @@ def load_tile(
         elif SCHEME == "lm2":
             i = tl.arange(0, DP // 8)
             typed = codes.to(tl.pointer_type(tl.int16), bitcast=True)
-            planes = tl.load(typed + row[:, None] * (D // 8) + i[None, :], mask=valid[:, None], other=0)
+            mask = valid[:, None] if DP == D else valid[:, None] & (i < D // 8)[None, :]
+            planes = tl.load(typed + row[:, None] * (D // 8) + i[None, :], mask=mask, other=0)
             bit = planes[:, :, None] >> tl.arange(0, 16)[None, None, :] & 1
             large, negative = tl.split(tl.permute(tl.reshape(bit, (N, DP // 8, 2, 8)), (0, 1, 3, 2)))
             small, large_level = tl.load(table), tl.load(table + 1)
@@ -293,15 +327,26 @@ def _nearest(y, table, BITS: tl.constexpr):
 
 
 @triton.jit
+def _within(x, D: tl.constexpr):
+    """x [R, DP] with zeros beyond D."""
+    DP: tl.constexpr = x.shape[1]
+    return x if DP == D else tl.where((tl.arange(0, DP) < D)[None, :], x, 0.0)
+
+
+@triton.jit
 def _code(y, table, SCHEME: tl.constexpr, BITS: tl.constexpr, RESIDUAL: tl.constexpr, D: tl.constexpr):
-    """y [R, D] -> codes, what they stand for, and (turbo) the residual's scale [R] as fp16 rounds it."""
+    """y [R, DP] -> codes, what they stand for, and (turbo) the residual's scale [R] as fp16 rounds it.
+
+    What stands beyond D is zero, but for its codes, which nobody stores.
+    """
     index, coded = _nearest(y, table, BITS)
+    coded = _within(coded, D)
     scale = tl.zeros((y.shape[0],), tl.float32)
     if SCHEME == "turbo":
         rest = y - coded
         scale = tl.sum(tl.abs(rest), 1) / D if RESIDUAL == "abs" else tl.sqrt_rn(tl.sum(rest * rest, 1) / D)
         scale = to_half(scale).to(tl.float32)
-        coded += tl.where(rest >= 0, scale[:, None], -scale[:, None])
+        coded += _within(tl.where(rest >= 0, scale[:, None], -scale[:, None]), D)
         index |= (rest >= 0).to(tl.int32) << 3
     return index, coded, scale
 
@@ -312,7 +357,7 @@ def _store_rotated(
     SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
     ANCHOR: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Lloyd-Max codes of x [R, D], already rotated."""
+    """Lloyd-Max codes of x [R, DP], already rotated, zero beyond D."""
     BITS: tl.constexpr = 2 if SCHEME == "lm2" else (4 if SCHEME == "lm4" else 3)
     norm = to_half(tl.sqrt_rn(tl.sum(x * x, 1) / D)).to(tl.float32)
     y = _divide(x, norm[:, None])
@@ -341,8 +386,7 @@ def _store_rotated(
     if SCHEME == "qjl":
         rest = y - coded
         scale = tl.sqrt_rn(tl.sum(rest * rest, 1))
-        d = tl.arange(0, D)
-        s = tl.load(projection + d[:, None] * D + d[None, :])
+        s = load_square(projection, D, x.shape[1])
         projected = tl.sum(s[None, :, :] * rest[:, None, :], 2)
         index |= (projected >= 0).to(tl.int32) << 3
     tl.store(meta, to_half(factor), mask=mask)
@@ -359,7 +403,9 @@ def _store_rotated(
             _pack(negative.to(tl.int32), 1).to(tl.uint16) << 8
         )
         typed = codes.to(tl.pointer_type(tl.uint16), bitcast=True)
-        tl.store(typed[:, None] + tl.arange(0, D // 8)[None, :], planes, mask=mask[:, None])
+        i = tl.arange(0, planes.shape[1])
+        inside = mask[:, None] if planes.shape[1] == D // 8 else mask[:, None] & (i < D // 8)[None, :]
+        tl.store(typed[:, None] + i[None, :], planes, mask=inside)
     else:
         _store_bytes(codes, _pack(index, 4), mask, D // 2, 0, D // 2)
 
@@ -371,7 +417,10 @@ def store_rows(
     ANCHOR: tl.constexpr, ROTATED: tl.constexpr,
     DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Encode x [R, DP], zero beyond D, to rows whose codes and first metadata lie at `codes`, `meta` [R]."""
+    """Encode x [R, DP], zero beyond D, to rows whose codes and first metadata lie at `codes`, `meta` [R].
+
+    x is rotated here if D is a power of two, else already (`load_rotated`).
+    """
     R: tl.constexpr = x.shape[0]
     d = tl.arange(0, DP)
     if SCHEME == "none":
@@ -379,7 +428,7 @@ def store_rows(
         tl.store(typed[:, None] + d[None, :], x.to(DTYPE), mask=mask[:, None] & (d < D)[None, :])
     else:
         x = x.to(tl.float32)
-        if ROTATED:
+        if ROTATED and DP == D:
             x = walsh(x, R, D) * (1.0 / D**0.5)
         x = tl.where(x == x, tl.minimum(tl.maximum(x, -1073741824.0), 1073741824.0), x)
         spoiled = tl.sum(x * 0.0, 1)  # NaN where any element is: minima and maxima pass over it

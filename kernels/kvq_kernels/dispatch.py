@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvq_kernels import reference
+from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import PageLayout, RawWindow
 
 
@@ -55,11 +56,12 @@ def paged_decode(
     raw: RawWindow | None = None,
     rings: Tensor | None = None,
     max_context: int | None = None,
+    bias: KeyBias | None = None,
 ) -> Tensor:
     """See `reference.paged_decode`."""
     return _backend(query).paged_decode(
         query, pages, block_tables, context_lens, layout, scale=scale, window=window, softcap=softcap,
-        sinks=sinks, raw=raw, rings=rings, max_context=max_context,
+        sinks=sinks, raw=raw, rings=rings, max_context=max_context, bias=bias,
     )  # fmt: skip
 
 
@@ -81,12 +83,13 @@ def paged_prefill(
     sinks: Tensor | None = None,
     raw: RawWindow | None = None,
     rings: Tensor | None = None,
+    bias: KeyBias | None = None,
 ) -> Tensor:
     """See `reference.paged_prefill`."""
     return _backend(query).paged_prefill(
         query, key, value, pages, block_tables, cu_chunk_lens, history_lens, layout, max_chunk=max_chunk,
         max_history=max_history, scale=scale, window=window, softcap=softcap, sinks=sinks, raw=raw,
-        rings=rings,
+        rings=rings, bias=bias,
     )  # fmt: skip
 
 

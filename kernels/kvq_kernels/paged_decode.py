@@ -15,6 +15,7 @@ from kvq_kernels import warp_decode
 from kvq_kernels.bits import (
     decode_table,
     load_signs,
+    load_square,
     load_tile,
     multiply_rows,
     qjl_matrix,
@@ -24,6 +25,7 @@ from kvq_kernels.bits import (
 )
 from kvq_kernels.codebook import qjl_projection, qjl_scale
 from kvq_kernels.exponent import LOG2E, cap, exponent_unit
+from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
 
@@ -57,8 +59,8 @@ def load_query(
 ):  # fmt: skip
     """Queries at pointers `rows` [R] -> [R, DP] in DTYPE, rotated if the keys are."""
     if ROTATED:
-        CHUNK: tl.constexpr = 16 if D < 32 else 32
-        q = (multiply_rows(rows, row_mask, matrix, D, R, CHUNK) * (1.0 / D**0.5)).to(DTYPE)
+        CHUNK: tl.constexpr = 32 if D % 32 == 0 else 16
+        q = (multiply_rows(rows, row_mask, matrix, D, DP, R, CHUNK) * (1.0 / D**0.5)).to(DTYPE)
     else:
         d = tl.arange(0, DP)
         q = tl.load(rows[:, None] + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
@@ -67,10 +69,10 @@ def load_query(
 
 @triton.jit
 def attend_pages(
-    q, q2, m, l, acc, acc2, t,
+    q, q2, bias_q, m, l, acc, acc2, t,
     pages, table, low, high, first, last,
-    key_table, value_table, scale, softcap, window,
-    KEY: tl.constexpr, VALUE: tl.constexpr, KEY_META: tl.constexpr,
+    key_table, value_table, bias_table, scale, softcap, window,
+    BIAS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, page_stride,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     DTYPE: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
@@ -78,7 +80,8 @@ def attend_pages(
 ):  # fmt: skip
     """Tiles `first` to `last` of N tokens, of which positions low … high - 1 are read, for queries at t [M].
 
-    pages: pointer to the kv head's block in page 0; table: pointer to the request's block table.
+    pages: pointer to the kv head's block in page 0; table: pointer to the request's block table. If BIAS,
+    bias_q [M, DKP] meets rows of bias_table by position (`key_bias.py`), in float32: spikes need its digits.
     """
     unit = exponent_unit(scale, CAP)
     KEY_BIAS: tl.constexpr = KEY == "int8" or KEY == "int4"
@@ -100,6 +103,11 @@ def attend_pages(
         if KEY == "qjl":
             signs, length = load_signs(block, meta, row, valid, DTYPE, DK, DKP, P)
             scores += tl.dot(q2, tl.trans(signs), input_precision="ieee") * length[None, :]
+        if BIAS:
+            d = tl.arange(0, DKP)
+            place = bias_table + position.to(tl.int64)[:, None] * DK + d[None, :]
+            row_of_table = tl.load(place, mask=valid[:, None] & (d < DK)[None, :], other=0.0)
+            scores += tl.dot(bias_q, tl.trans(row_of_table), input_precision="ieee")
         seen = valid[None, :]
         if WINDOW:
             seen = seen & (position[None, :] > t[:, None] - window)
@@ -165,11 +173,11 @@ def attend_raw(
 
 @triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "first_part", "G"])
 def _decode_kernel(
-    query, pages, tables, context_lens, matrix, matrix2, key_table, value_table,
+    query, pages, tables, context_lens, matrix, matrix2, key_table, value_table, bias_query, bias_table,
     raw_keys, raw_values, rings, partial, partial2, stats,
     query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window, splits, parts,
     first_part, G,
-    KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr, KEY_META: tl.constexpr,
+    BIAS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, HAS_RAW: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr,
@@ -203,11 +211,15 @@ def _decode_kernel(
             q2 = q
             if KEY == "qjl":
                 q2 = load_query(rows, g < G, matrix2, ROTATED, DTYPE, DK, DKP, GP)
+            bias_q = q
+            if BIAS:
+                at = bias_query + (request * HEADS * G + query_head) * DK
+                bias_q = load_query(at, g < G, matrix, False, DTYPE, DK, DKP, GP)
             m, l, acc, acc2 = attend_pages(
-                q, q2, m, l, acc, acc2, t,
+                q, q2, bias_q, m, l, acc, acc2, t,
                 pages + head * BLOCK_BYTES, tables + request * table_stride, low, high, first, last,
-                key_table, value_table, scale, softcap, window,
-                KEY, VALUE, KEY_META, VALUE_OFFSET, META_OFFSET, page_stride,
+                key_table, value_table, bias_table, scale, softcap, window,
+                BIAS, KEY, VALUE, KEY_META, VALUE_OFFSET, META_OFFSET, page_stride,
                 WINDOW, CAP, SINK, RECENT, DTYPE, DK, DKP, DV, DVP, P, N,
             )  # fmt: skip
     elif HAS_RAW:
@@ -229,7 +241,7 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["splits", "parts"])
 def _merge_kernel(
-    out, partial, partial2, stats, sinks, projection, out_stride, qjl_factor, scale, splits, parts,
+    out, partial, partial2, stats, sinks, projection, back, out_stride, qjl_factor, scale, splits, parts,
     VALUE: tl.constexpr, ROTATED: tl.constexpr, CAP: tl.constexpr,
     HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr,
     QUERY_HEADS: tl.constexpr, PP: tl.constexpr,
@@ -258,10 +270,12 @@ def _merge_kernel(
     if VALUE == "qjl":
         x2 = tl.load(partial2 + source, mask=mask & (part < splits)[:, None], other=0.0)
         x2 = tl.sum(x2 * weight[:, None], 0)
-        s = tl.load(projection + d[:, None] * DV + d[None, :])
+        s = load_square(projection, DV, DVP)
         x += tl.sum(s * x2[:, None], 0) * qjl_factor
-    if ROTATED:
+    if ROTATED and DV == DVP:
         x = tl.reshape(walsh(tl.reshape(x, (1, DV)), 1, DV), (DV,)) * (1.0 / DV**0.5)
+    elif ROTATED:
+        x = tl.sum(load_square(back, DV, DVP) * x[None, :], 1) * (1.0 / DV**0.5)
     if HAS_RAW:
         raw_m = tl.load(stats + (row * parts + splits) * 2)
         mask = d < tl.where(raw_m > float("-inf"), DV, 0)
@@ -321,6 +335,20 @@ def value_projection(codec: Codec, head_dim: int, device: torch.device) -> Tenso
     return decode_table("none", torch.float32, device)
 
 
+def rotation(codec: Codec, head_dim: int, device: torch.device) -> Tensor:
+    """√D · H of rotated values whose head dim is no power of two (float32); else something unused."""
+    if codec.rotated and head_dim & (head_dim - 1):
+        return signs_of_hadamard(head_dim, torch.float32, device)
+    return decode_table("none", torch.float32, device)
+
+
+def _merge_warps(codec: Codec, head_dim: int) -> int:
+    """More where a [D, D] matrix is to be held."""
+    if codec.rotated and head_dim & (head_dim - 1):
+        return 8 if head_dim < 128 else 16
+    return 8 if codec.scheme == "qjl" else 2
+
+
 def num_splits(requests: int, layout: PageLayout, tiles: int, multiprocessors: int) -> int:
     """Programs along the sequence: enough to fill the GPU four times, no more than there is work for.
 
@@ -344,6 +372,7 @@ def paged_decode(
     raw: RawWindow | None = None,
     rings: Tensor | None = None,
     max_context: int | None = None,
+    bias: KeyBias | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """See `reference.paged_decode`; two launches, no look at device memory. `splits` overrides the choice."""
@@ -356,7 +385,7 @@ def paged_decode(
     tokens = tile_tokens(layout, query.dtype, query.device)
     longest = block_tables.shape[1] * layout.page_size if max_context is None else max_context
     reach = min(longest, window) if window else longest
-    by_warps = warp_decode.fits(query, layout)
+    by_warps = bias is None and warp_decode.fits(query, layout)
     if splits is None and by_warps:
         splits = warp_decode.num_splits(requests, layout, reach, _multiprocessors(query.device))
     elif splits is None:
@@ -383,10 +412,12 @@ def paged_decode(
             query, pages, block_tables, context_lens, matrix, matrix2,
             decode_table(layout.key.scheme, query.dtype, device),
             decode_table(layout.value.scheme, query.dtype, device),
+            query if bias is None else bias.weights(query), query if bias is None else bias.table,
             query if raw is None else raw.keys, query if raw is None else raw.values,
             context_lens if rings is None else rings, partial, partial2, stats,
             query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0),
             scale, softcap, window, splits, parts, first_part, group,
+            BIAS=bias is not None,
             KEY=layout.key.scheme, VALUE=layout.value.scheme, ROTATED=layout.key.rotated,
             KEY_META=layout.key.num_meta, VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
             BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, HAS_RAW=raw is not None,
@@ -398,12 +429,13 @@ def paged_decode(
         )  # fmt: skip
     _merge_kernel[(requests * query_heads,)](
         out, partial, partial2, stats, stats if sinks is None else sinks,
-        value_projection(layout.value, value_dim, device), out.stride(1), qjl_scale(value_dim),
+        value_projection(layout.value, value_dim, device), rotation(layout.value, value_dim, device),
+        out.stride(1), qjl_scale(value_dim),
         scale, splits, parts,
         VALUE=layout.value.scheme, ROTATED=layout.value.rotated, CAP=softcap > 0,
         HAS_RAW=raw is not None, HAS_SINKS=sinks is not None, QUERY_HEADS=query_heads,
         PP=triton.next_power_of_2(parts),
         DV=value_dim, DVP=triton.next_power_of_2(value_dim),
-        num_warps=8 if layout.value.scheme == "qjl" else 2,
+        num_warps=_merge_warps(layout.value, value_dim),
     )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ from torch import Tensor
 from kvq_kernels.bits import decode_table, signs_of_hadamard, walsh
 from kvq_kernels.codebook import qjl_projection, qjl_scale
 from kvq_kernels.hadamard import hadamard
+from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import PageLayout, RawWindow
 from kvq_kernels.paged_decode import (
     LOG2E,
@@ -175,9 +176,9 @@ def _attend_tiles(
 @triton.jit(do_not_specialize=["table_stride", "window", "splits", "split_stride"])
 def _history_kernel(
     query, pages, tables, cu_chunk_lens, history_lens, matrix, matrix2, back, key_table, value_table,
-    scratch, out, out2, logs,
+    bias_query, bias_table, scratch, out, out2, logs,
     query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window, splits, split_stride,
-    FAST: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    FAST: tl.constexpr, BIAS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     KEY_ROTATED: tl.constexpr, VALUE_ROTATED: tl.constexpr,
     KEY_PER: tl.constexpr, VALUE_PER: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
@@ -273,10 +274,14 @@ def _history_kernel(
             q2 = q
             if KEY == "qjl":
                 q2 = load_query(rows, real, matrix2, KEY_ROTATED, DTYPE, DK, DKP, M)
+            bias_q = q
+            if BIAS:
+                rows = bias_query + (at * QUERY_HEADS + query_head) * DK
+                bias_q = load_query(rows, real, matrix, False, DTYPE, DK, DKP, M)
             m, l, acc, acc2 = attend_pages(
-                q, q2, m, l, acc, acc, t, pages, table, low, high, first, last, key_table, value_table,
-                scale, softcap, window,
-                KEY, VALUE, KEY_META, VALUE_OFFSET, META_OFFSET, page_stride,
+                q, q2, bias_q, m, l, acc, acc, t, pages, table, low, high, first, last,
+                key_table, value_table, bias_table, scale, softcap, window,
+                BIAS, KEY, VALUE, KEY_META, VALUE_OFFSET, META_OFFSET, page_stride,
                 WINDOW, CAP, SINK, RECENT, DTYPE, DK, DKP, DV, DVP, P, N,
             )  # fmt: skip
             log = m * unit + tl.log2(l)
@@ -287,7 +292,7 @@ def _history_kernel(
             acc = _rotated_back(acc, out + to[:, None] * DV, real, back, DV)
         elif FAST:
             d = unpacked_elements(VALUE_PER, DV)
-        elif VALUE_ROTATED and VALUE != "qjl":
+        elif VALUE_ROTATED and VALUE != "qjl" and DV == DVP:
             acc = walsh(acc, M, DV) * (1.0 / DV**0.5)
         tl.store(logs + to, tl.where(l > 0, log, float("-inf")), mask=real)
         mask = real[:, None] & (d < DV)[None, :]
@@ -548,6 +553,7 @@ def paged_prefill(
     sinks: Tensor | None = None,
     raw: RawWindow | None = None,
     rings: Tensor | None = None,
+    bias: KeyBias | None = None,
     _geometries: tuple[Geometry | None, Geometry | None] = (None, None),
 ) -> Tensor:
     """See `reference.paged_prefill`; one launch without history, two with it.
@@ -588,7 +594,7 @@ def paged_prefill(
     earlier = logs = out  # unused without history
     splits = 1
     if max_history:
-        fast = _unpacks_fast(layout, device)
+        fast = bias is None and _unpacks_fast(layout, device)
         if fast:
             matrix = matrix2 = back = decode_table("none", query.dtype, device)
             key_per, value_per = WORD_ELEMENTS[layout.key.scheme], WORD_ELEMENTS[layout.value.scheme]
@@ -617,10 +623,11 @@ def paged_prefill(
             query, pages, block_tables, cu_chunk_lens, history_lens, matrix, matrix2, back,
             decode_table(layout.key.scheme, query.dtype, device),
             decode_table(layout.value.scheme, query.dtype, device),
+            query if bias is None else bias.weights(query), query if bias is None else bias.table,
             scratch, earlier, signs, logs,
             query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
             splits, tokens * query_heads,
-            FAST=fast, KEY=layout.key.scheme, VALUE=layout.value.scheme,
+            FAST=fast, BIAS=bias is not None, KEY=layout.key.scheme, VALUE=layout.value.scheme,
             KEY_ROTATED=layout.key.rotated, VALUE_ROTATED=layout.value.rotated,
             KEY_PER=key_per, VALUE_PER=value_per, KEY_META=layout.key.num_meta,
             VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
@@ -629,6 +636,8 @@ def paged_prefill(
         if layout.value.scheme == "qjl":
             projection = qjl_projection(value_dim, torch.float32, device)
             earlier = hadamard(earlier + signs @ (projection * qjl_scale(value_dim)))
+        elif layout.value.rotated and value_dim & (value_dim - 1):
+            earlier = hadamard(earlier)
     grid, options = cut(_geometries[1] or _geometry(_PLAIN, layout, rows, device))
     _fresh_kernel[grid](
         query, key, value, out, cu_chunk_lens, history_lens, earlier, logs, out if sinks is None else sinks,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_kernels.bits import encode_table, store_rows
+from kvq_kernels.bits import encode_table, load_rotated, signs_of_hadamard, store_rows
 from kvq_kernels.codebook import qjl_projection
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 
@@ -17,7 +17,7 @@ _SMALL = 256
 @triton.jit(do_not_specialize=["tokens"])
 def _store_kernel(
     key, value, pages, slots, tokens,
-    key_table, value_table, key_projection, value_projection,
+    key_table, value_table, key_projection, value_projection, key_rotation, value_rotation,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, page_stride,
     KEY: tl.constexpr, VALUE: tl.constexpr, KEY_NORM: tl.constexpr, VALUE_NORM: tl.constexpr,
     KEY_RESIDUAL: tl.constexpr, VALUE_RESIDUAL: tl.constexpr,
@@ -41,17 +41,23 @@ def _store_kernel(
     if tl.program_id(2) == 0:
         d = tl.arange(0, DKP)
         source = key + token * key_token_stride + head * key_head_stride
-        x = tl.load(source[:, None] + d[None, :], mask=mask[:, None] & (d < DK)[None, :], other=0.0)
+        if KEY_ROTATED and DKP > DK:
+            x = load_rotated(source, mask, key_rotation, DK, DKP, R)
+        else:
+            x = tl.load(source[:, None] + d[None, :], mask=mask[:, None] & (d < DK)[None, :], other=0.0)
         store_rows(
             x, block + row * KEY_BYTES, meta, mask, key_table, key_projection,
             KEY, KEY_NORM, KEY_RESIDUAL, KEY_CANDIDATES, KEY_ANCHOR, KEY_ROTATED, DTYPE, DK, DKP, P,
         )  # fmt: skip
-    else:
-        d = tl.arange(0, DVP)
+    else:  # other names than above, for other shapes
+        e = tl.arange(0, DVP)
         source = value + token * value_token_stride + head * value_head_stride
-        x = tl.load(source[:, None] + d[None, :], mask=mask[:, None] & (d < DV)[None, :], other=0.0)
+        if VALUE_ROTATED and DVP > DV:
+            y = load_rotated(source, mask, value_rotation, DV, DVP, R)
+        else:
+            y = tl.load(source[:, None] + e[None, :], mask=mask[:, None] & (e < DV)[None, :], other=0.0)
         store_rows(
-            x, block + VALUE_OFFSET + row * VALUE_BYTES, meta + KEY_META * P, mask,
+            y, block + VALUE_OFFSET + row * VALUE_BYTES, meta + KEY_META * P, mask,
             value_table, value_projection,
             VALUE, VALUE_NORM, VALUE_RESIDUAL, VALUE_CANDIDATES, VALUE_ANCHOR, VALUE_ROTATED,
             DTYPE, DV, DVP, P,
@@ -97,6 +103,18 @@ def check_pages(pages: Tensor, layout: PageLayout) -> None:
     assert pages.stride(0) % 16 == 0 and pages.data_ptr() % 16 == 0, "pages must be aligned to 16 bytes"
 
 
+def _by_matrix(codec: Codec, head_dim: int) -> bool:
+    """Whether vectors are rotated by the matrix: sums and differences of halves need a power of two."""
+    return codec.rotated and head_dim & (head_dim - 1) != 0
+
+
+def _rotation(codec: Codec, head_dim: int, x: Tensor) -> Tensor:
+    """√D · H in the dtype of `x`, where it is needed."""
+    if _by_matrix(codec, head_dim):
+        return signs_of_hadamard(head_dim, x.dtype, x.device)
+    return _table(codec, x.device)  # unused
+
+
 def _projection(codec: Codec, head_dim: int, device: torch.device) -> Tensor:
     if codec.scheme == "qjl":
         return qjl_projection(head_dim, torch.float32, device)
@@ -121,11 +139,14 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
     qjl_dim = max(layout.key_dim * (k.scheme == "qjl"), layout.value_dim * (v.scheme == "qjl"))
     rows, warps = (2, 2) if tokens <= _SMALL else (4, 4)
     if qjl_dim:  # a [D, D] projection a row
-        rows, warps = 1, max(1, qjl_dim * qjl_dim // 4096)
+        rows, warps = 1, max(1, triton.next_power_of_2(qjl_dim) ** 2 // 4096)
+    elif any(_by_matrix(c, dim) for c, dim in ((k, layout.key_dim), (v, layout.value_dim))):
+        rows, warps = 16, 4  # rotated by products of matrices
     _store_kernel[(triton.cdiv(tokens, rows), heads, 2)](
         key, value, pages, slots, tokens,
         _table(k, key.device), _table(v, key.device),
         _projection(k, layout.key_dim, key.device), _projection(v, layout.value_dim, key.device),
+        _rotation(k, layout.key_dim, key), _rotation(v, layout.value_dim, value),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0),
         KEY=k.scheme, VALUE=v.scheme, KEY_NORM=k.encoder.norm_mode, VALUE_NORM=v.encoder.norm_mode,
         KEY_RESIDUAL=k.encoder.residual, VALUE_RESIDUAL=v.encoder.residual,

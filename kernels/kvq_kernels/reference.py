@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvq_kernels.hadamard import hadamard
+from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 
 _PREFILL_ELEMENTS = 1 << 24
@@ -188,6 +189,14 @@ class _Attention:
     softcap: float
     sinks: Tensor | None
     raw: RawWindow | None
+    bias: KeyBias | None
+
+    def _constant(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """What pages leave out of the keys at `positions` [B, M · P]: [B, M, Hkv, P, Dk], in their basis."""
+        assert self.bias is not None
+        constant = self.bias.at(positions).to(dtype)
+        constant = hadamard(constant) if self.layout.key.rotated else constant
+        return constant.unflatten(1, (-1, self.layout.page_size)).transpose(2, 3)
 
 
 # --- decode -------------------------------------------------------------------------------------------------
@@ -207,15 +216,17 @@ def paged_decode(
     raw: RawWindow | None = None,
     rings: Tensor | None = None,
     max_context: int | None = None,
+    bias: KeyBias | None = None,
 ) -> Tensor:
     """One query per request, query [B, Hq, Dk], over its pages -> [B, Hq, Dv]; its own token included.
 
     block_tables [B, M] int32, context_lens [B] int32, sinks [Hq], rings [B] int32. `window` 0 is none, else
     keys j > t - window are read. `max_context` saves a look at the longest context. Context 0 yields zeros.
+    `bias` is what the pages' keys lack.
     """
     work = working_dtype(query.dtype)
     lens = context_lens.tolist() if max_context is None or query.device.type == "cpu" else None
-    attend = _Decode(pages, layout, scale, window, softcap, sinks, raw)
+    attend = _Decode(pages, layout, scale, window, softcap, sinks, raw, bias)
     if lens is None:
         assert max_context is not None
         return attend(query.to(work), block_tables, context_lens, rings, max_context).to(query.dtype)
@@ -255,6 +266,8 @@ class _Decode(_Attention):
         ids, positions = _reach(tables, first, width, layout.page_size)
         read = _in_window(positions, position, window) & _through_codec(positions, position, raw)
         keys, values = _gather(self.pages, ids, read, layout, dtype)
+        if self.bias is not None:
+            keys = keys + self._constant(positions, dtype)
 
         plain = query * self.scale
         rotated = hadamard(plain) if layout.key.rotated else plain
@@ -299,6 +312,7 @@ def paged_prefill(
     sinks: Tensor | None = None,
     raw: RawWindow | None = None,
     rings: Tensor | None = None,
+    bias: KeyBias | None = None,
 ) -> Tensor:
     """Packed prompt chunks over themselves, unquantized, and over earlier tokens -> [T, Hq, Dv].
 
@@ -317,7 +331,7 @@ def paged_prefill(
         chunk_lens = (cu_chunk_lens[1:] - cu_chunk_lens[:-1])[index, None].long()
         rows = cu_chunk_lens[index, None].long() + torch.minimum(inside, chunk_lens - 1)
         q, k, v = (x[rows].transpose(1, 2).to(dtype) for x in (query, key, value))
-        group = _Prefill(pages, layout, scale, window, softcap, sinks, raw)
+        group = _Prefill(pages, layout, scale, window, softcap, sinks, raw, bias)
         longest = max(histories[i] for i in chunks)
         if longest:
             ring = None if rings is None else rings[index]
@@ -369,6 +383,8 @@ class _Prefill(_Attention):
         ids, positions = _reach(tables, first, width, layout.page_size)
         valid = (positions < history) & (positions > history - window if window else True)
         old = _gather(self.pages, ids, valid, layout, q.dtype)
+        if self.bias is not None:
+            old = old[0] + self._constant(positions, q.dtype), old[1]
         old_keys, old_values = (x.transpose(1, 2).flatten(2, 3) for x in old)
         if layout.key.rotated:
             q, k = hadamard(q), hadamard(k)

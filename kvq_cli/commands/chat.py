@@ -349,7 +349,7 @@ class LocalChat(Chat):
 
     def set_policy(self, name: str) -> None:
         if name:
-            config = self.config.replace(policy=name)
+            config = self.config.replace(policy=name, layers=())
             self.pipe.set_policy(config)
             self.config = config
         console.say(f"policy {self.policy}")

@@ -180,7 +180,7 @@ def _read(files: list[Path], output: Path | None) -> Session:
 
 def _check_baseline(baseline: str | None, policies: list[Policy], config: EngineConfig) -> None:
     """Refuse a baseline that is none of the policies, before any of them is measured."""
-    resolved = [config.replace(policy=policy).resolved_policy() for policy in policies]
+    resolved = [config.with_policy(policy).resolved_policy() for policy in policies]
     names = {str(name) for policy in resolved for name in (policy.label, policy.name, policy.number)}
     if baseline is not None and baseline.lower() not in names:
         raise KvqError(

@@ -16,8 +16,9 @@ from kvq_cli.options import (
     engine_options,
     parse_fraction,
 )
+from kvq_cli.sensitivity import DEFAULT_POLICY, only_policy, parse_budget, propose_layers, show_ranking
 from kvq_core.config import EngineConfig
-from kvq_core.errors import CheckFailed
+from kvq_core.errors import CheckFailed, UsageError
 from kvq_core.policies import parse_policies
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from kvq_core.quality.perplexity import Result, Row
     from kvq_core.quality.text import Windows
 
-TEXT_PANEL = "Text"
+TEXT_PANEL, LAYERS_PANEL = "Text", "Layers"
+DEFAULT_POLICIES = "0,8,4,42"
 CPU_LIMIT, GPU_LIMIT = 4, 32
 """Windows without `--limit`."""
 NOT_HERE = (
@@ -37,7 +39,7 @@ NOT_HERE = (
 
 @engine_options(without=NOT_HERE)
 def eval(
-    policies: Policies = "0,8,4,42",
+    policies: Policies = DEFAULT_POLICIES,
     model: Model = DEFAULT_MODEL,
     dataset_path: Annotated[
         Path | None,
@@ -69,6 +71,26 @@ def eval(
             rich_help_panel=TEXT_PANEL,
         ),
     ] = False,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Rank the layers by the KL divergence that each costs, and propose codecs for them, beside "
+            "one policy (--policies; else 42). Takes two forwards a layer and window.",
+            rich_help_panel=LAYERS_PANEL,
+        ),
+    ] = False,
+    budget: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_budget,
+            metavar="SIZE",
+            help="For --sensitivity: bytes per token, all layers: a multiple of the policy's, `1.1x`, or a "
+            "number, as `20000` or `20KiB`.",
+            show_default="1.1x",
+            rich_help_panel=LAYERS_PANEL,
+        ),
+    ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -109,8 +131,14 @@ def eval(
 
     kvq eval --policies none,int8,42 --dataset-path book.txt --context-len 2048
     kvq eval --policies 42 --sink 4 --recent 128 --max-kl 0.02
+    kvq eval --policies 42 --sensitivity --budget 1.1x --dataset-path book.txt
     """
-    chosen = [config.replace(policy=policy).resolved_policy() for policy in parse_policies(policies)]
+    if sensitivity and policies == DEFAULT_POLICIES:
+        policies = DEFAULT_POLICY
+    if budget is not None and not sensitivity:
+        raise UsageError("--budget is for --sensitivity", "add `--sensitivity`, or leave it out")
+    chosen = [config.with_policy(policy).resolved_policy() for policy in parse_policies(policies)]
+    start = only_policy(chosen) if sensitivity else None
     from kvq_core.quality.text import read_text, sample_text
 
     text, name = (read_text(dataset_path), dataset_path.name) if dataset_path else sample_text()
@@ -129,17 +157,29 @@ def eval(
     windows = cut_windows(loaded, text, name, context_len=context_len, limit=limit)
     count = windows.ids.shape[0]
     console.say(f"{name}: {count} of {windows.available} windows of {context_len} tokens")
+    found = None
+    if start is not None:
+        found = propose_layers(loaded, windows, start, 1.1 if budget is None else budget, config.key_bias)
+        chosen = list(dict.fromkeys((start, found[1].policy)))
     with console.progress(f"measuring {len(chosen)} policies") as update:
         result = evaluate(
             loaded,
             windows,
             chosen,
             through_engine=through_engine,
+            key_bias=config.key_bias,
             progress=lambda done, total: update(done=done, total=total),
         )
     if not result.rows:
         raise KeyboardInterrupt
-    _report(_records(loaded, windows, result, config, through_engine), result, output, json)
+    records = _records(loaded, windows, result, config, through_engine)
+    if found is not None and start is not None:
+        from kvq_core.quality.sensitivity import describe
+
+        records[-1].kv["sensitivity"] = describe(*found)
+        if not json:
+            show_ranking(*found, start)
+    _report(records, result, output, json)
     if not result.complete:
         raise typer.Exit(130)
     _check(result, max_kl, max_ppl_increase)
@@ -196,18 +236,11 @@ def _records(
         RunRecord(
             label=row.policy.label,
             complete=result.complete,
-            policy={
-                "name": row.policy.label,
-                "number": row.policy.number,
-                "key": row.policy.key,
-                "value": row.policy.value,
-                "sink": row.policy.sink,
-                "recent": row.policy.recent,
-            },
+            policy=row.policy.describe(),
             model=described,
             env=env,
             workload=workload,
-            kv={"bits_per_element": row.bits_per_element},
+            kv={"bits_per_element": row.bits_per_element, "key_bias": config.key_bias},
             metrics={
                 **row.to_dict(),
                 "reference_ppl": result.reference_ppl,

@@ -11,6 +11,7 @@ from kvq_cli.options import (
     MODEL_PANEL,
     Json,
     KvMemory,
+    Layers,
     MaxNumSeqs,
     PageSize,
     Recent,
@@ -19,7 +20,7 @@ from kvq_cli.options import (
     complete_policy,
     format_size,
 )
-from kvq_core.errors import KvqError
+from kvq_core.errors import KvqError, UsageError
 from kvq_core.policies import CODEC_NAMES, REGISTRY, Policy, get_policy
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def policies(
     kv_memory: KvMemory = None,
     sink: Sink = None,
     recent: Recent = None,
+    layers: Layers = None,
     page_size: PageSize = DEFAULTS.page_size,
     max_num_seqs: MaxNumSeqs = DEFAULTS.max_num_seqs,
     json: Json = False,
@@ -65,7 +67,14 @@ def policies(
     kvq policies 42 int8:lm4 --sink 4 --recent 128
     """
     chosen = [get_policy(name) for name in names] if names else list(REGISTRY)
-    chosen = [policy.with_window(sink, recent) for policy in chosen]
+    chosen = [
+        (policy.with_layers(layers or ()) if policy.is_quantized else policy).with_window(sink, recent)
+        for policy in chosen
+    ]
+    if model is None and any(policy.layers for policy in chosen):
+        raise UsageError(
+            "what some layers cost depends on how many there are", "name the model: `--model qwen3-8b`"
+        )
     if model is None:
         document: dict[str, Any] = {"head_dim": head_dim}
         rows = [_row(policy, head_dim, head_dim) for policy in chosen]
@@ -139,8 +148,8 @@ def _capacity(
     from kvq_core.cache.plan import page_layout, plan_cache
 
     try:
-        for layer in geometry.layers:
-            page_layout(layer, policy, page_size, torch.bfloat16)
+        for layer, own in zip(geometry.layers, policy.by_layer(geometry.num_layers), strict=True):
+            page_layout(layer, own, page_size, torch.bfloat16)
     except KvqError as error:
         return {"problem": error.message}
     try:
@@ -229,7 +238,9 @@ def _show(document: dict[str, Any]) -> None:
             for row in document["codecs"]
         ]  # fmt: skip
         notes.append("any two codecs make a policy: --policy K:V, as int8:lm4")
-        notes.append("rotated codecs need a head dim that is a power of two")
+        notes.append(
+            "rotated codecs need a head dim with a Hadamard matrix: 64, 80, 96, 112, 128, 160, 192, 256, …"
+        )
         console.emit_table("Codecs", ["codec", "bytes", "bits", "rotated"], codecs, tuple(notes))
 
 

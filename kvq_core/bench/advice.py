@@ -136,4 +136,5 @@ def _break_even(comparison: Comparison, i: int) -> list[str]:
 
 def _scheme(record: RunRecord) -> Scheme:
     policy = record.policy
-    return policy.get("key"), policy.get("value"), policy.get("sink") or 0, policy.get("recent") or 0
+    window = policy.get("sink") or 0, policy.get("recent") or 0
+    return policy.get("key"), policy.get("value"), *window, *(policy.get("layers") or ())

@@ -23,14 +23,7 @@ class EngineTarget:
         policy = config.resolved_policy()
         return TargetInfo(
             model=self.engine.model.describe(),
-            policy={
-                "name": policy.label,
-                "number": policy.number,
-                "key": policy.key,
-                "value": policy.value,
-                "sink": policy.sink,
-                "recent": policy.recent,
-            },
+            policy=policy.describe(),
             engine={
                 "backend": "triton" if self.engine.model.device.type == "cuda" else "reference",
                 "device": config.device,
@@ -42,6 +35,7 @@ class EngineTarget:
                 "max_num_batched_tokens": config.max_num_batched_tokens,
                 "max_model_len": config.max_model_len,
                 "kv_memory": config.kv_memory,
+                "key_bias": config.key_bias,
                 "cuda_graphs": self.engine.runner.has_graphs,
             },
         )

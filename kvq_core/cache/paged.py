@@ -1,5 +1,6 @@
 """The cache in memory: uint8 pages, block tables on the device, raw windows, swapping to the host."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from kvq_core.cache.blocks import BlockManager
 from kvq_core.cache.plan import CachePlan
 from kvq_core.cache.prefix import CachedChunk
+from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import PageLayout, RawWindow
 
 RawCopies = list[tuple[Tensor, Tensor]]
@@ -23,12 +25,21 @@ class LayerCache:
     group: int
     window: int
     raw: RawWindow | None
+    bias: KeyBias | None = None
+    """The constant part of the keys, which pages leave out."""
 
 
 class PagedCache:
     """Allocates what a `CachePlan` says. Row `max_num_seqs` of tables and raw windows takes padding."""
 
-    def __init__(self, plan: CachePlan, device: torch.device, dtype: torch.dtype, max_tokens: int) -> None:
+    def __init__(
+        self,
+        plan: CachePlan,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_tokens: int,
+        biases: Mapping[int, KeyBias] | None = None,
+    ) -> None:
         self.plan = plan
         self.device = device
         self.blocks = BlockManager(
@@ -55,7 +66,14 @@ class PagedCache:
                         torch.zeros(*shape, layout.key_dim, dtype=dtype, device=device),
                         torch.zeros(*shape, layout.value_dim, dtype=dtype, device=device),
                     )
-                layers[layer] = LayerCache(pages[i], layout, index, group.window, raw)
+                layers[layer] = LayerCache(
+                    pages[i],
+                    layout,
+                    index,
+                    group.window,
+                    raw,
+                    (biases or {}).get(layer) if layout.key.num_meta else None,
+                )
         self.layers = [layers[i] for i in range(len(layers))]
         self._swapped: dict[int, tuple[list[Tensor], RawCopies]] = {}
 

@@ -107,8 +107,9 @@ def plan_cache(
     Raises `KvqError` where not even one short request fits.
     """
     members: dict[tuple[int, PageLayout], list[int]] = {}
+    own = policy.by_layer(len(geometry.layers))
     for index, layer in enumerate(geometry.layers):
-        layout = page_layout(layer, policy, page_size, dtype)
+        layout = page_layout(layer, own[index], page_size, dtype)
         members.setdefault((layer.window, layout), []).append(index)
     raw = raw_bytes_per_request(geometry, policy, dtype)
 

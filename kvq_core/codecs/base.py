@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvq_core.errors import KvqError
 from kvq_kernels.codebook import LARGEST
-from kvq_kernels.hadamard import hadamard
+from kvq_kernels.hadamard import hadamard, has_hadamard
 from kvq_kernels.layout import EncoderOptions
 
 HALF_MAX = 65504.0
@@ -96,10 +96,11 @@ class BaseCodec(ABC):
 
     def check_head_dim(self, head_dim: int) -> None:
         """`KvqError` unless this codec takes vectors of `head_dim` elements."""
-        if self.rotated and (head_dim < 16 or head_dim & (head_dim - 1)):
+        if self.rotated and (head_dim % 16 or not has_hadamard(head_dim)):
             raise KvqError(
-                f"codec {self.name} rotates its vectors and needs a head dim that is a power of two and at "
-                f"least 16, this model has {head_dim}",
+                f"codec {self.name} rotates its vectors and needs a head dim that is a multiple of 16 with a "
+                f"Hadamard matrix: 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 240, 256; this "
+                f"model has {head_dim}",
                 "use int8, int4 or fp8, which take any multiple of 16: `--policy 4`",
             )
         if head_dim < 1 or (head_dim % 16 and self.num_meta):

@@ -20,6 +20,7 @@ from kvq_core.engine.scheduler import Scheduler, SchedulerConfig, Step
 from kvq_core.errors import KvqError, PromptTooLong
 from kvq_core.experts import install as install_experts
 from kvq_core.models import LoadedModel
+from kvq_kernels.key_bias import KeyBias
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,13 @@ class Engine:
                 compile_layers(model)
         self.config, self.plan = or_uncompiled(model, lambda: fit_cache(model, config))
         assert self.config.max_model_len and self.config.max_num_batched_tokens
-        self.cache = PagedCache(self.plan, model.device, model.dtype, self.config.max_model_len)
+        self.cache = PagedCache(
+            self.plan,
+            model.device,
+            model.dtype,
+            self.config.max_model_len,
+            self._key_biases(),
+        )
         self.scheduler = Scheduler(
             SchedulerConfig(
                 prefill_chunk=self.config.prefill_chunk,
@@ -92,6 +99,17 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._next_id = 0
         self._eos = set(model.geometry.eos_token_ids)
+
+    def _key_biases(self) -> dict[int, KeyBias] | None:
+        """The constant parts of keys that pages leave out, by layer."""
+        if (
+            self.model.key_biases is None
+            or self.config.key_bias == "off"
+            or not self.plan.policy.is_quantized
+        ):
+            return None
+        assert self.config.max_model_len
+        return self.model.key_biases.layers(self.config.max_model_len)
 
     @property
     def has_work(self) -> bool:
@@ -187,6 +205,7 @@ class Engine:
             "pages": sum(g.num_pages - 1 for g in plan.groups),
             "capacity_tokens": plan.capacity_tokens,
             "capacity_ratio": plan.capacity_ratio,
+            "biased_key_layers": sum(layer.bias is not None for layer in self.cache.layers),
             "raw_window_bytes": plan.max_num_seqs * plan.raw_bytes_per_request,
             "peak_tokens": self.cache.blocks.peak_tokens,
             "tokens": self.cache.blocks.tokens,

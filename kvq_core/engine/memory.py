@@ -44,6 +44,7 @@ def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, C
         )
     config = config.replace(
         policy=config.resolved_policy(),
+        layers=(),
         max_model_len=limit,
         max_num_batched_tokens=budget,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -11,6 +11,7 @@ from kvq_core.demo import DEMO, WHEEL_SHA256
 from kvq_core.errors import KvqError, UsageError
 from kvq_core.models.dummy import build_dummy
 from kvq_core.models.geometry import ModelGeometry, as_ids, model_geometry, rope_parameters, text_config
+from kvq_core.models.key_bias import KeyBiases, find_key_biases
 from kvq_core.models.probe import probe
 from kvq_core.models.source import Source, quiet, resolve, translated
 from kvq_core.models.support import check_support
@@ -38,6 +39,8 @@ class LoadedModel:
     device: torch.device
     geometry: ModelGeometry
     load_format: str
+    key_biases: KeyBiases | None = None
+    """Large constant parts of the keys, if there are any."""
     sha: str | None = None
     """Commit of the hub repository, or SHA-256 of the demo model's wheel."""
 
@@ -55,6 +58,7 @@ class LoadedModel:
             "kv_heads": layer.num_kv_heads,
             "head_dim": layer.key_dim,
             "windows": sorted({entry.window for entry in geometry.layers}),
+            "biased_key_layers": len(self.key_biases.biases) if self.key_biases else 0,
             "sha": self.sha,
         }
 
@@ -88,6 +92,7 @@ def load_model(
     model.eval().requires_grad_(False)
     _freeze_rope(model)
     geometry = probe(model, geometry)
+    key_biases = find_key_biases(model, geometry)
     model.set_attn_implementation("kvq")
     model.config.use_cache = False
     stops = as_ids(getattr(model.generation_config, "eos_token_id", None)) or geometry.eos_token_ids
@@ -100,6 +105,7 @@ def load_model(
         device=place,
         geometry=replace(geometry, eos_token_ids=stops),
         load_format=load_format,
+        key_biases=key_biases,
         sha=WHEEL_SHA256
         if name == DEMO and load_format != "dummy"
         else getattr(config, "_commit_hash", None),

@@ -11,7 +11,9 @@ from kvq_core.policies import Policy
 from kvq_core.quality.drift import Drift
 
 
-def decoded_drift(model: LoadedModel, ids: Tensor, policy: Policy, reference: Tensor) -> Drift:
+def decoded_drift(
+    model: LoadedModel, ids: Tensor, policy: Policy, reference: Tensor, key_bias: str = "auto"
+) -> Drift:
     """ids [L], reference logits [L - 1, V]: feed the text through the engine, one token a step.
 
     The first token is the prompt; its successors are forced, by logits that leave the sampler no choice.
@@ -19,6 +21,7 @@ def decoded_drift(model: LoadedModel, ids: Tensor, policy: Policy, reference: Te
     tokens = ids.tolist()
     config = EngineConfig(
         policy=policy,
+        key_bias=key_bias,
         max_num_seqs=1,
         max_model_len=len(tokens),
         prefill_chunk=len(tokens),
@@ -47,7 +50,7 @@ def decoded_drift(model: LoadedModel, ids: Tensor, policy: Policy, reference: Te
 
 def enough_memory(model: LoadedModel, policy: Policy, tokens: int) -> int:
     """Bytes of a cache that holds one request of so many tokens, and its unquantized ones."""
-    key, value = get_codec(policy.key), get_codec(policy.value)
+    own = [(get_codec(p.key), get_codec(p.value)) for p in policy.by_layer(model.geometry.num_layers)]
     page = EngineConfig().page_size
     slots = (tokens // page + 3) * page
     return sum(
@@ -57,5 +60,5 @@ def enough_memory(model: LoadedModel, policy: Policy, tokens: int) -> int:
             + slots * value.bytes_per_vector(layer.value_dim, model.dtype)
             + (policy.sink + policy.recent) * (layer.key_dim + layer.value_dim) * model.dtype.itemsize
         )
-        for layer in model.geometry.layers
+        for layer, (key, value) in zip(model.geometry.layers, own, strict=True)
     )

@@ -73,6 +73,7 @@ def evaluate(
     policies: Sequence[Policy],
     *,
     through_engine: bool = False,
+    key_bias: str = "auto",
     progress: Progress | None = None,
 ) -> Result:
     """Measure each policy against the unquantized cache on every window: tokens 2 … L are predicted.
@@ -99,13 +100,13 @@ def evaluate(
                     if progress:
                         progress(done * (1 + len(policies)) + 1 + index, steps)
                     if through_engine:
-                        found.append(decoded_drift(model, ids, policy, reference))
+                        found.append(decoded_drift(model, ids, policy, reference, key_bias))
                         continue
                     if not policy.is_quantized:
                         found.append(itself)
                         continue
                     drift = Drift()
-                    drift.add(reference, logits(model, ids, policy)[:-1], ids[1:])
+                    drift.add(reference, logits(model, ids, policy, key_bias=key_bias)[:-1], ids[1:])
                     found.append(drift)
             for total, drift in zip(totals, found, strict=True):
                 total.merge(drift)
@@ -124,9 +125,9 @@ def evaluate(
 
 def check_head_dims(geometry: ModelGeometry, policy: Policy) -> None:
     """`KvqError` where a codec of the policy can't take a head dim of the model."""
-    for layer in set(geometry.layers):
-        get_codec(policy.key).check_head_dim(layer.key_dim)
-        get_codec(policy.value).check_head_dim(layer.value_dim)
+    for layer, own in set(zip(geometry.layers, policy.by_layer(geometry.num_layers), strict=True)):
+        get_codec(own.key).check_head_dim(layer.key_dim)
+        get_codec(own.value).check_head_dim(layer.value_dim)
 
 
 def effective_bits(geometry: ModelGeometry, policy: Policy, context_len: int) -> float:
@@ -136,10 +137,10 @@ def effective_bits(geometry: ModelGeometry, policy: Policy, context_len: int) ->
     """
     raw = (policy.sink + policy.recent) / context_len
     size = elements = 0.0
-    for layer in geometry.layers:
+    for layer, own in zip(geometry.layers, policy.by_layer(geometry.num_layers), strict=True):
         count = layer.num_kv_heads * (layer.key_dim + layer.value_dim)
-        record = get_codec(policy.key).bytes_per_vector(layer.key_dim)
-        record += get_codec(policy.value).bytes_per_vector(layer.value_dim)
+        record = get_codec(own.key).bytes_per_vector(layer.key_dim)
+        record += get_codec(own.value).bytes_per_vector(layer.value_dim)
         size += layer.num_kv_heads * record + raw * 2 * count
         elements += count
     return 8 * size / elements

@@ -4,7 +4,8 @@ One plain forward then shows what a policy does to a model: prefill over fresh k
 engine does it for speed, would hide the quantization.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from kvq_core.codecs import get_codec
 from kvq_core.models import LoadedModel
 from kvq_core.policies import Policy
+from kvq_kernels.key_bias import KeyBias
 
 NAME = "kvq_read_back"
 BLOCK = 256
@@ -23,19 +25,34 @@ BLOCK = 256
 class ReadBack:
     """What the attention does; travels through the model's forward as the keyword `read_back`."""
 
-    policy: Policy
+    policies: tuple[Policy, ...]
+    """Of each layer."""
     windows: tuple[int, ...]
     """Sliding window of each layer, 0 for none."""
     prompt_len: int = 0
     """The first tokens see each other unquantized, as one prompt chunk does in the engine."""
+    biases: Mapping[int, KeyBias] = field(default_factory=dict)
+    """Constant parts of keys, by layer, which pass by the codec."""
+    observe: Callable[[int, Tensor, Tensor], None] | None = None
+    """Called with the layer, its keys and its values [Hkv, T, D]."""
 
 
-def logits(model: LoadedModel, ids: Tensor, policy: Policy, prompt_len: int = 0) -> Tensor:
+def logits(
+    model: LoadedModel,
+    ids: Tensor,
+    policy: Policy,
+    prompt_len: int = 0,
+    key_bias: str = "auto",
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
     """ids [L] -> logits [L, V] of a plain forward whose keys and values pass through the policy's codecs."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, read_back_attention)
     windows = tuple(layer.window for layer in model.geometry.layers)
+    biases = {}
+    if model.key_biases is not None and key_bias == "auto" and policy.is_quantized:
+        biases = model.key_biases.layers(ids.shape[0])
     before = model.model.config._attn_implementation
     model.model.set_attn_implementation(NAME)
     try:
@@ -44,7 +61,7 @@ def logits(model: LoadedModel, ids: Tensor, policy: Policy, prompt_len: int = 0)
                 input_ids=ids[None].to(model.device),
                 position_ids=torch.arange(ids.shape[0], device=model.device)[None],
                 use_cache=False,
-                read_back=ReadBack(policy, windows, prompt_len),
+                read_back=ReadBack(policy.by_layer(len(windows)), windows, prompt_len, biases, observe),
             )
     finally:
         model.model.set_attn_implementation(before)
@@ -69,14 +86,21 @@ def read_back_attention(
 
     A query at t reads j < sink and j > t - recent as they are, all others through the codec.
     """
-    policy = read_back.policy
-    window = read_back.windows[module.layer_idx]  # type: ignore[index]
+    index: int = module.layer_idx  # type: ignore[assignment]
+    policy, window = read_back.policies[index], read_back.windows[index]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     (heads, tokens, _), kv_heads = query[0].shape, key.shape[1]
     groups = heads // kv_heads
     q = query[0].unflatten(0, (kv_heads, groups))
     k, v = key[0], value[0]
-    k_read, v_read = get_codec(policy.key).roundtrip(k), get_codec(policy.value).roundtrip(v)
+    if read_back.observe is not None:
+        read_back.observe(index, k, v)
+    v_read = get_codec(policy.value).roundtrip(v)
+    if index in read_back.biases and policy.key != "none":
+        constant = read_back.biases[index].at(torch.arange(tokens, device=k.device)).transpose(0, 1)
+        k_read = (get_codec(policy.key).roundtrip((k - constant).to(k.dtype)) + constant).to(k.dtype)
+    else:
+        k_read = get_codec(policy.key).roundtrip(k)
     mixed = policy.is_quantized and bool(policy.sink or policy.recent or read_back.prompt_len)
     output = value.new_empty(tokens, heads, value.shape[-1])
     positions = torch.arange(tokens, device=query.device)

@@ -193,7 +193,7 @@ def refused(result, code: int, message: str) -> None:
 
 TINY = {
     "model_type": "llama",
-    "hidden_size": 160,
+    "hidden_size": 352,
     "intermediate_size": 64,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
@@ -225,7 +225,7 @@ def test_unsupported_architecture(command: tuple[str, ...], cli, folder) -> None
 
 def test_head_dim_that_a_codec_cannot_take(cli, folder) -> None:
     result = cli("run", "hi", "--load-format", "dummy", "--policy", "42", "--model", folder(**TINY))
-    refused(result, 1, "needs a head dim that is a power of two")
+    refused(result, 1, "needs a head dim that is a multiple of 16 with a Hadamard matrix")
 
 
 def test_model_without_a_tokenizer(cli, folder) -> None:

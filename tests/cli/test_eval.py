@@ -57,6 +57,41 @@ def options(folder: Path, text: Path) -> list[Any]:
     return ["--model", folder, "--dataset-path", text, "--context-len", 40]
 
 
+def test_sensitivity_ranks_layers_and_proposes(
+    capsys: pytest.CaptureFixture[str], options: list[Any]
+) -> None:
+    """The flags that it prints are those of the policy that it measured, and within the budget."""
+    options = [*options, "--limit", 1, "--sensitivity", "--budget", "1.2x"]
+    code, out, err = run(capsys, *options, "--json")
+    assert code == 0, err
+    base, proposed = json.loads(out)
+    found = proposed["kv"]["sensitivity"]
+    assert base["policy"]["name"] == "turbo" and len(found["layers"]) == 2
+    assert found["bytes_per_token"] <= found["budget"] == int(1.2 * 2 * 2 * 30)
+    assert proposed["policy"]["layers"] and proposed["kl"] < base["kl"]
+    flags = found["flags"].split()
+    assert flags[:2] == ["--policy", "42"] and flags[3::2] == proposed["policy"]["layers"]
+    code, out, err = run(capsys, *options)
+    assert code == 0, err
+    assert "--layers" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--budget", "1.1x"], "--budget is for --sensitivity"),
+        (["--sensitivity", "--policies", "42,8"], "starts from one policy"),
+        (["--sensitivity", "--policies", "42@0=8"], "proposes layers by itself"),
+        (["--sensitivity", "--budget", "much"], "`much` is no budget"),
+    ],
+)
+def test_mistakes_with_sensitivity(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str], options: list[Any]
+) -> None:
+    code, out, err = run(capsys, *options, *args)
+    assert code == 2 and message in err and out == ""
+
+
 def test_rows_on_stdout_and_in_the_file(
     capsys: pytest.CaptureFixture[str], options: list[Any], tmp_path: Path
 ) -> None:

@@ -42,12 +42,19 @@ def test_chosen_policies_and_pairs(cli) -> None:
 
 
 def test_head_dim_that_a_codec_cannot_take(cli) -> None:
-    found = rows(cli, "0", "8", "42", "--head-dim", "80")
-    assert found["int8"]["bytes_per_token_and_head"] == 2 * (80 + 4)
-    assert "power of two" in found["turbo"]["problem"]
-    table = cli("policies", "42", "--head-dim", "80")
+    found = rows(cli, "0", "8", "42", "--head-dim", "176")
+    assert found["int8"]["bytes_per_token_and_head"] == 2 * (176 + 4)
+    assert "Hadamard matrix" in found["turbo"]["problem"]
+    table = cli("policies", "42", "--head-dim", "176")
     assert table.code == 0
-    assert "power of two" in table.out
+    assert "Hadamard matrix" in table.out
+
+
+@pytest.mark.parametrize("head_dim", [80, 96])
+def test_head_dim_that_is_no_power_of_two(head_dim: int, cli) -> None:
+    """2 numbers for the keys, 1 for the values, as at any other head dim."""
+    found = rows(cli, "42", "--head-dim", str(head_dim))
+    assert found["turbo"]["bytes_per_token_and_head"] == head_dim // 2 + head_dim // 4 + 6
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -72,7 +72,7 @@ def reference_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query [1, Hq, T, D], key and value [1, Hkv, T, D]; scores with fresh and with read-back keys, mixed."""
-    policy = rule.policy
+    policy = rule.policy.by_layer(len(rule.windows))[module.layer_idx]  # type: ignore[index]
     groups = query.shape[1] // key.shape[1]
     fresh = [x.repeat_interleave(groups, dim=1) for x in (key, value)]
     read = [
@@ -114,9 +114,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return build("llama", tmp_path_factory.mktemp("llama"))
 
 
-def build(model_type: str, folder: Path) -> Case:
+def build(model_type: str, folder: Path, **changes: Any) -> Case:
     AttentionInterface.register(REFERENCE, reference_attention)
-    config = AutoConfig.for_model(model_type, **{**BASE, **ARCHITECTURES[model_type]})
+    config = AutoConfig.for_model(model_type, **{**BASE, **ARCHITECTURES.get(model_type, {}), **changes})
     made = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -197,6 +197,7 @@ POLICIES = {
     "42-sink-recent": {"policy": 42, "sink": 2, "recent": 11},
     "4-sink": {"policy": 4, "sink": 18},
     "4-recent": {"policy": 4, "recent": 24},
+    "42-layers": {"policy": 42, "layers": ("-1=int8:none",), "sink": 1, "recent": 6},
     "42-recent-1": {"policy": 42, "recent": 1},
 }
 WHOLE = EngineConfig(page_size=PAGE, max_num_seqs=4, prefill_chunk=64, kv_memory=8 << 20)
@@ -251,6 +252,19 @@ def test_tokens_equal_those_that_the_reference_generates(case: Case, policy: str
     assert swapped.preemptions, "nothing was preempted: this shows nothing"
     assert max(map(len, case.prompts)) > CHUNK, "no prompt was chunked"
     assert swapped.tokens == [generate(case, config, prompt) for prompt in case.prompts]
+
+
+@pytest.mark.parametrize("policy", ["42", "42-sink-recent", "qjl", "none-lm3"])
+@pytest.mark.parametrize(("model_type", "head_dim"), [("phi3", 96), ("phi", 80)])
+def test_head_dims_that_are_no_power_of_two(
+    model_type: str, head_dim: int, policy: str, tmp_path: Path
+) -> None:
+    """As Phi-3-mini and phi-2 have them."""
+    sizes = {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "head_dim": head_dim}
+    case = build(model_type, tmp_path, **sizes, num_key_value_heads=1, sliding_window=None)
+    assert {layer.key_dim for layer in case.model.geometry.layers} == {head_dim}
+    config = CHUNKED.replace(**POLICIES[policy])
+    assert error(case, config, run(case, config)) < TOLERANCE
 
 
 FAULTS: dict[str, Callable[[Rule], Rule]] = {

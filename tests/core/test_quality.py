@@ -224,9 +224,9 @@ def test_an_interrupted_run_keeps_whole_windows(llama: LoadedModel, monkeypatch:
 def test_a_codec_that_cannot_take_the_head_dim(llama: LoadedModel) -> None:
     from dataclasses import replace
 
-    layers = tuple(replace(layer, key_dim=48) for layer in llama.geometry.layers)
+    layers = tuple(replace(layer, key_dim=176) for layer in llama.geometry.layers)
     other = replace(llama, geometry=replace(llama.geometry, layers=layers))
-    with pytest.raises(KvqError, match="power of two"):
+    with pytest.raises(KvqError, match="Hadamard matrix"):
         evaluate(other, windows(1, 8), [get_policy("42")])
 
 

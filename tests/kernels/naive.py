@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvq_core.codecs import get_codec, hadamard
 from kvq_core.codecs.base import BaseCodec
+from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import PageLayout, RawWindow
 
 
@@ -85,6 +86,19 @@ class Problem:
             "scale": self.scale, "window": case.window, "softcap": case.softcap, "sinks": self.sinks,
             "raw": self.raw, "rings": self.rings,
         }  # fmt: skip
+
+
+def key_bias(problem: Problem, length: int = 2048) -> KeyBias:
+    """A bias with spikes; half of the elements turn, in a precision that suits the case."""
+    case = problem.case
+    dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(7)
+    bias = torch.randn(case.kv_heads, case.key_dim, generator=generator, dtype=torch.float64)
+    bias[:, 3] = 20
+    pairs = case.key_dim // 4
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * 0.7 ** torch.arange(pairs)
+    table = torch.cat((angle.cos(), angle.sin(), torch.ones(length, case.key_dim - 2 * pairs)), -1)
+    return KeyBias(bias.to(case.device, dtype), table.to(case.device, dtype), pairs)
 
 
 def build(case: Case, store, store_raw) -> Problem:
@@ -270,7 +284,7 @@ def decode(problem: Problem, paged_decode, **changes) -> Tensor:
     )
 
 
-def prefill(problem: Problem, paged_prefill) -> Tensor:
+def prefill(problem: Problem, paged_prefill, **changes) -> Tensor:
     """Run a prefill op on the problem's chunks."""
     case = problem.case
     histories = torch.tensor(case.contexts, dtype=torch.int32, device=case.device)
@@ -279,5 +293,5 @@ def prefill(problem: Problem, paged_prefill) -> Tensor:
     return paged_prefill(
         problem.query, torch.cat([k for k, _ in fresh]), torch.cat([v for _, v in fresh]), problem.pages,
         problem.tables, bounds, histories, problem.layout, max_chunk=max(case.chunks),
-        max_history=max(case.contexts), **problem.options,
+        max_history=max(case.contexts), **(problem.options | changes),
     )  # fmt: skip

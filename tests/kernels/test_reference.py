@@ -52,8 +52,7 @@ def test_decode_with_every_codec(name: str) -> None:
 
 @pytest.mark.parametrize("head_dim", [16, 80, 96, 128, 192, 256])
 def test_decode_head_dims(head_dim: int) -> None:
-    value = "lm4" if head_dim & (head_dim - 1) == 0 else "int4"
-    case = Case("int8", value, key_dim=head_dim, value_dim=head_dim, contexts=(20,))
+    case = Case("turbo", "lm4", key_dim=head_dim, value_dim=head_dim, contexts=(20,))
     problem = build(case, reference.store, reference.store_raw)
     close(decode(problem, reference.paged_decode), truth(problem))
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.kernels.naive import Case, build, decode, prefill
+from tests.kernels.naive import Case, build, decode, key_bias, prefill
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -25,9 +25,14 @@ CASES = {
     "turbo-raw-D64": (Case("turbo", "lm2", **FULL), (86, 90)),
     "lm-D256": (Case("lm3", "lm4", key_dim=256, value_dim=256), (80, 90)),
     "padded-D96x80": (Case("int4", "fp8", key_dim=96, value_dim=80), (75, 90)),
+    "rotated-D96": (Case("turbo", "lm2", key_dim=96, value_dim=96), (75, 80, 86, 89, 90)),
+    "rotated-D80x192": (Case("lm3", "lm4", key_dim=80, value_dim=192), (75, 90)),
+    "qjl-D80": (Case("qjl", "qjl", key_dim=80, value_dim=80), (75, 90)),
     "qjl-D64": (Case("qjl", "qjl"), (75, 90)),
     "float32-D128": (Case("turbo", "int8", key_dim=128, value_dim=128), (86, 90)),
 }
+BIASED = {"biased-D128": (Case("turbo", "lm2", key_dim=128, value_dim=128), (75, 80, 90))}
+CASES |= BIASED
 WARP_CASES = ("turbo-D128", "int-D128", "none-D128", "fp8-D64", "turbo-raw-D64")
 
 
@@ -67,10 +72,11 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
             quantize_store.store_raw(
                 problem.keys[0][:1], problem.values[0][:1], ring.long(), ring, problem.raw
             )
-        decode(problem, paged_decode.paged_decode, splits=4)
+        biased = {"bias": key_bias(problem)} if name in BIASED else {}
+        decode(problem, paged_decode.paged_decode, splits=4, **biased)
         monkeypatch.setattr(warp_decode, "has_products", lambda device: capability >= 80)
-        decode(problem, paged_decode.paged_decode, splits=4)
-        prefill(chunked, paged_prefill.paged_prefill)
+        decode(problem, paged_decode.paged_decode, splits=4, **biased)
+        prefill(chunked, paged_prefill.paged_prefill, **biased)
     assert {launch.name for launch in launches} >= {
         "_store_kernel", "_decode_kernel", "_merge_kernel", "_history_kernel", "_fresh_kernel",
     }  # fmt: skip

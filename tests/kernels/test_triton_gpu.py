@@ -82,7 +82,7 @@ def test_other_dtypes(codecs: str, head_dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [80, 96, 192])
-@pytest.mark.parametrize("codecs", ["none:none", "int8:int4", "fp8:int8"])
+@pytest.mark.parametrize("codecs", ["none:none", "int8:int4", "fp8:int8", "turbo:lm2", "lm4:lm3", "qjl:qjl"])
 def test_padded_head_dims(codecs: str, head_dim: int) -> None:
     run(case_of(codecs, head_dim, 4, "all", WIDE, contexts=CONTEXTS))
     run(case_of(codecs, head_dim, 4, "all", WIDE, contexts=(130, 0, 5), chunks=(20, 70, 1)))
@@ -95,7 +95,7 @@ def test_split_counts(codecs: str, splits: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("name", CODEC_NAMES)
 @pytest.mark.parametrize("tokens", [7, 600])
 def test_store(name: str, head_dim: int, dtype: torch.dtype, tokens: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.kernels import ptx
-from tests.kernels.naive import Case, build, check, decode, prefill
+from tests.kernels.naive import Case, build, check, decode, key_bias, prefill
 from tests.kernels.pairwise import pairwise
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
@@ -133,7 +133,9 @@ else:
         check(prefill(problem, paged_prefill.paged_prefill), problem)
 
     @pytest.mark.parametrize("head_dim", [80, 96, 192])
-    @pytest.mark.parametrize("codecs", ["none:int8", "int4:fp8", "int8:none", "fp8:int4"])
+    @pytest.mark.parametrize(
+        "codecs", ["none:int8", "int4:fp8", "int8:none", "fp8:int4", "turbo:lm2", "lm3:lm4", "qjl:qjl"]
+    )
     def test_decode_and_prefill_of_padded_head_dims(codecs: str, head_dim: int) -> None:
         key, value = codecs.split(":")
         case = Case(
@@ -150,6 +152,25 @@ else:
         check(decode(problem, paged_decode.paged_decode), problem)
         problem = build(case.with_chunks((5, 9)), quantize_store.store, quantize_store.store_raw)
         check(prefill(problem, paged_prefill.paged_prefill), problem)
+
+    @pytest.mark.parametrize("codecs", ["turbo:lm2", "int4:int8", "qjl:lm3"])
+    @pytest.mark.parametrize("part", ["decode", "prefill"])
+    def test_key_bias(codecs: str, part: str) -> None:
+        """What pages leave out: the twin adds it to keys, the kernel to scores."""
+        key, value = codecs.split(":")
+        case = Case(
+            key, value, contexts=(70, 3), page_size=64, sink=1, recent=2, window=60, dtype=torch.float32
+        )
+        problem = build(case.with_chunks((5, 9)) if part == "prefill" else case, reference.store,
+                        reference.store_raw)  # fmt: skip
+        bias = key_bias(problem)
+        run = prefill if part == "prefill" else decode
+        op = paged_prefill.paged_prefill if part == "prefill" else paged_decode.paged_decode
+        expected = run(problem, getattr(reference, f"paged_{part}"), bias=bias)
+        plain = run(problem, getattr(reference, f"paged_{part}"))
+        result = run(problem, op, bias=bias)
+        torch.testing.assert_close(result, expected, rtol=2e-3, atol=2e-3)
+        assert (expected - plain).abs().max() > 0.1, "the bias changes nothing: this shows nothing"
 
     @pytest.mark.parametrize("magnitude", [1e-3, 100.0])
     @pytest.mark.parametrize(
