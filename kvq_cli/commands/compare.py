@@ -19,12 +19,22 @@ from kvq_cli.options import (
     engine_options,
     parse_fraction,
 )
+from kvq_core.bench.sweep import Point, parse_sweep
 from kvq_core.config import EngineConfig
 from kvq_core.errors import CheckFailed, KvqError, UsageError
 from kvq_core.policies import Policy, parse_policies
 
 if TYPE_CHECKING:
     from kvq_core.bench.compare import Comparison
+
+
+EQUAL_MEMORY, EQUAL_BATCH = "equal-memory", "equal-batch"
+
+
+def parse_mode(text: str) -> str:
+    if text not in (EQUAL_MEMORY, EQUAL_BATCH):
+        raise UsageError(f"unknown --mode `{text}`", f"use {EQUAL_MEMORY} or {EQUAL_BATCH}")
+    return text
 
 
 @engine_options(without=("policy", "max_num_seqs"))
@@ -49,6 +59,37 @@ def compare(
             rich_help_panel=LOAD_PANEL,
         ),
     ] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="AXIS=N,N...",
+            help="Measure every policy at each combination of these: concurrency=1,8,64 (requests in flight) "
+            "and context=512,2048 (tokens of prompts, answered by --output-len tokens). With --output, each "
+            "record is written as its cell finishes.",
+            rich_help_panel=LOAD_PANEL,
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            parser=parse_mode,
+            help="equal-memory: the same memory for every policy, --concurrency requests in flight; those "
+            "that do not fit wait, so that policies that pack more run more. equal-batch: all of them must "
+            "fit under every policy, so that steps of the same size are compared.",
+            rich_help_panel=LOAD_PANEL,
+        ),
+    ] = EQUAL_MEMORY,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where an interrupted run with the same flags stopped: what --output has already is "
+            "not measured again.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = False,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -115,6 +156,7 @@ def compare(
             "--max-kl and --quality go together",
             "`kvq eval --policies … --output quality.json`, then `--quality quality.json --max-kl 0.02`",
         )
+    points = _check_sweep(sweep, resume, bool(policies), output)
     from kvq_core.bench.advice import advise, quality_warnings, read_quality
 
     measured_quality = read_quality(quality) if quality else None
@@ -123,7 +165,18 @@ def compare(
     else:
         chosen = parse_policies(policies)
         _check_baseline(baseline, chosen, config)
-        session = measure_policies(model, config, chosen, plan, output, repeats=repeats, as_list=True)
+        session = measure_policies(
+            model,
+            config,
+            chosen,
+            plan,
+            output,
+            repeats=repeats,
+            points=points,
+            equal_batch=mode == EQUAL_BATCH,
+            resume=resume,
+            as_list=True,
+        )
         if baseline and not any(record.is_called(baseline) for record in session.records):
             console.warn(f"the baseline {baseline} was not measured; the first policy takes its place")
             baseline = None
@@ -155,6 +208,22 @@ def compare(
     session.finish()
     if fail_on_regression is not None:
         _check_regressions(comparison, fail_on_regression)
+
+
+def _check_sweep(sweep: list[str] | None, resume: bool, measures: bool, output: Path | None) -> list[Point]:
+    """The cells of --sweep; nothing that was measured may be overwritten."""
+    points = parse_sweep(sweep or ())
+    if (sweep or resume) and not measures:
+        flag = "--sweep" if sweep else "--resume"
+        raise UsageError(f"{flag} goes with --policies", f"`kvq compare --policies 0,42 {flag} …`")
+    if resume and output is None:
+        raise UsageError("--resume needs --output", "the file that the interrupted run wrote")
+    if sweep and output and output.exists() and not resume:
+        raise KvqError(
+            f"{output} exists, and a sweep overwrites nothing",
+            "`--resume` goes on with it; for a new sweep choose another --output",
+        )
+    return points
 
 
 def _check_regressions(comparison: "Comparison", share: float) -> None:
@@ -197,6 +266,7 @@ memory for the cache. With files, compares runs of earlier, on any machine.
 kvq compare --policies 0,8,4,42
 kvq compare --policies 0,42 --model Qwen/Qwen3-8B --concurrency 128 --kv-memory 16GiB --output runs.json
 kvq compare --policies 0,42 --repeats 5
+kvq compare --policies 0,8,4,42 --sweep concurrency=1,8,64 context=512,2048 --output sweep.json --resume
 kvq compare runs.json other.json --baseline none --markdown
 kvq compare --policies 0,8,4,42 --quality quality.json --max-kl 0.02
 kvq compare before.json after.json --fail-on-regression 5%

@@ -26,7 +26,7 @@ class Quality:
 
     def of(self, record: RunRecord) -> float | None:
         """None where it was not measured; an unquantized cache has 0 by definition."""
-        scheme = _scheme(record)
+        scheme = record.scheme
         return 0.0 if scheme[:2] == ("none", "none") else self.kl.get(scheme)
 
 
@@ -44,7 +44,7 @@ def read_quality(paths: Iterable[Path]) -> Quality:
                 f"the record {record.name} has no KL divergence",
                 "--quality takes what `kvq eval --output` wrote",
             )
-        scheme = _scheme(record)
+        scheme = record.scheme
         kl[scheme] = max(value, kl.get(scheme, value))
     return Quality(kl, frozenset(str(record.model.get("name")) for record in records))
 
@@ -132,8 +132,3 @@ def _break_even(comparison: Comparison, i: int) -> list[str]:
         text + f"it pays from about {number(needed / length)} requests of {length:.0f} tokens at a time "
         f"(fit: {number(full / length)} without it, {number(mine / length)} with it; an estimate)"
     ]
-
-
-def _scheme(record: RunRecord) -> Scheme:
-    policy = record.policy
-    return policy.get("key"), policy.get("value"), policy.get("sink") or 0, policy.get("recent") or 0

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from kvq_core.bench.target import BenchRequest, Event, TargetInfo
+from kvq_core.bench.target import BenchRequest, Event, TargetInfo, Usage
 from kvq_core.errors import KvqError, UsageError
 
 APIS = {"completions": "/completions", "chat": "/chat/completions"}
@@ -72,6 +72,9 @@ class HttpTarget:
         task = self._tasks.pop(index, None)
         if task is not None:
             task.cancel()
+
+    def usage(self) -> Usage | None:
+        return None  # what a server holds is its own affair
 
     def reset_stats(self) -> None:
         """A server keeps no statistics for its clients."""

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from kvq_core.bench.target import BenchRequest, Event, Target
+from kvq_core.bench.timeline import Timeline
 from kvq_core.bench.trace import RequestTrace
 from kvq_core.errors import KvqError, UsageError
 
@@ -93,6 +94,7 @@ class LoadResult:
     """Requests that were not sent, or not answered, because the loop ended early."""
     unsent: int = 0
     """Requests that were left when the load's duration was over."""
+    timeline: Timeline = field(default_factory=lambda: Timeline(0.0))
 
     @property
     def complete(self) -> bool:
@@ -129,6 +131,7 @@ def run_load(
     traces: dict[int, RequestTrace] = {}
     running: set[int] = set()
     result = LoadResult(start=clock())
+    result.timeline = timeline = Timeline(result.start)
     last = result.start
     waiting = deque(zip(load.due_times(len(requests)), requests, strict=True))
     free = deque([-math.inf] * min(load.concurrency or len(requests), len(requests)))
@@ -154,6 +157,8 @@ def run_load(
                     free.append(trace.ended)
             if not waiting and not running:
                 break
+            if timeline.is_due(now := clock()):
+                timeline.add(now, len(running), target.usage())
             until_due = result.start + waiting[0][0] - clock() if waiting and free else math.inf
             events = [
                 event

@@ -78,7 +78,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     """Speed and memory, a row a record, every figure with its change against the baseline."""
     figures = speed_figures(comparison.records)
     speed, memory = [], []
-    for i, record in enumerate(comparison.records):
+    for i in comparison.order:
+        record = comparison.records[i]
         name = Cell(comparison.names[i] + ("" if record.complete else " (incomplete)"))
         speed.append([name, *(_cell(comparison, i, figure) for figure in figures)])
         memory.append([name, *_memory_cells(record)])
@@ -181,6 +182,8 @@ def comparison_notes(comparison: Comparison) -> list[str]:
         comparison.names[i] for i in range(len(comparison.records)) if comparison.is_baseline(i)
     )
     lines = [f"changes are against {', '.join(baselines)}"]
+    if comparison.resumed:
+        lines.append(comparison.resumed)
     counts = {len(usable(runs)) for runs in comparison.runs}
     if max(counts) > 1:
         lines.append(

@@ -45,6 +45,18 @@ class TargetInfo:
     """Whether `poll` does the target's work; then it is no fault of the load generator that sends wait."""
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a target holds at one moment."""
+
+    kv_tokens: int
+    """Tokens in the cache."""
+    running: int
+    """Requests that it works on."""
+    waiting: int
+    """Requests that it has and does not work on, preempted ones among them."""
+
+
 class Target(Protocol):
     def info(self) -> TargetInfo: ...
 
@@ -57,6 +69,10 @@ class Target(Protocol):
         ...
 
     def cancel(self, index: int) -> None: ...
+
+    def usage(self) -> Usage | None:
+        """What it holds now; None where that is not known. Called often, so it must be quick."""
+        ...
 
     def reset_stats(self) -> None:
         """Forget peaks and counters; called when the measured window starts."""

@@ -65,6 +65,11 @@ class WorkloadSpec:
                 "its lengths are --input-len, --output-len",
             )
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether it replays text."""
+        return self.name == "sharegpt"
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -91,6 +96,9 @@ class Workload:
     sha256: str | None = None
     """Checksum of the file."""
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def with_settings(self, **settings: Any) -> "Workload":
+        return replace(self, settings=self.settings | settings)
 
     def describe(self) -> dict[str, Any]:
         inputs = [request.input_len for request in self.requests]

@@ -14,7 +14,7 @@ import pytest
 from kvq_cli import console
 from kvq_cli.app import main
 from kvq_core.bench import record as record_module
-from kvq_core.bench.target import Event, TargetInfo
+from kvq_core.bench.target import Event, TargetInfo, Usage
 from kvq_core.errors import KvqError
 
 
@@ -92,6 +92,9 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
         def cancel(self, index: int) -> None:
             pass
 
+        def usage(self) -> Usage:
+            return Usage(10 * len(self.running), len(self.running), 0)
+
         def reset_stats(self) -> None:
             pass
 
@@ -138,7 +141,7 @@ SMALL = ("--concurrency", 2, "--num-prompts", 3)
 
 def test_profile_with_nothing_else_on_a_cpu(kvq, fakes):
     code, out, err = kvq("profile-throughput", "--policy", 42, "--concurrency", 64)
-    assert code == 0
+    assert code == 0, err
     assert fakes.loads[0]["name"] == "demo" and fakes.loads[0]["need_tokenizer"]
     assert fakes.configs[0].max_num_seqs == 64 and fakes.closed == 1
     assert "on a CPU: 64 requests, answers cut to 64 tokens" in err
