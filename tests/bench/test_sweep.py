@@ -56,8 +56,8 @@ def test_records_keep_distributions_and_timelines(bench):
 
 SIZES = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
-    "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64,
-    "vocab_size": 300, "max_position_embeddings": 512,
+    "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": 64,     "vocab_size": 300, "max_position_embeddings": 512,
 }  # fmt: skip
 
 
@@ -68,7 +68,8 @@ def test_a_sweep_survives_kill_9(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     argv = [
         sys.executable, "-m", "kvq_cli.app", "compare", "--policies", "0,4",
-        "--model", str(tmp_path / "tiny"), "--load-format", "dummy", "--device", "cpu", "--kv-memory", "1MiB", "--output-len", "24",
+        "--model", str(tmp_path / "tiny"), "--load-format", "dummy", "--device", "cpu",
+        "--kv-memory", "1MiB", "--output-len", "24",
         "--sweep", "concurrency=1,2", "context=16,40", "--output", str(file),
     ]  # fmt: skip
     with subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True, stdout=subprocess.PIPE) as run:
