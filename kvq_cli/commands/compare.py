@@ -109,6 +109,26 @@ def compare(
             rich_help_panel=CHECK_PANEL,
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write a report: one page with charts and tables, which needs no network; --quality adds "
+            "quality against bits.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
+    slo: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slo",
+            metavar="LIMIT...",
+            help="Recommend the quickest policy that meets all of these at p99, in milliseconds: ttft:500 "
+            "tpot:50 e2el:20000.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -151,14 +171,19 @@ def compare(
             "`kvq compare` takes files of records, or --policies to measure" + ", not both" * bool(files),
             "`kvq compare --policies 0,8,4,42`, or `kvq compare A.json B.json`",
         )
-    if (max_kl is None) != (not quality):
+    if (max_kl is not None) != bool(quality) and not (quality and html):
         raise UsageError(
             "--max-kl and --quality go together",
             "`kvq eval --policies … --output quality.json`, then `--quality quality.json --max-kl 0.02`",
         )
-    points = _check_sweep(sweep, resume, bool(policies), output)
-    from kvq_core.bench.advice import advise, quality_warnings, read_quality
+    from kvq_core.bench.advice import Limits, read_quality
+    from kvq_core.bench.metrics import parse_limits
+    from kvq_core.bench.record import check_output, write_text
 
+    limits = Limits(max_kl, parse_limits(slo or (), "--slo"))
+    if html:
+        check_output(html, "--html")
+    points = _check_sweep(sweep, resume, bool(policies), output)
     measured_quality = read_quality(quality) if quality else None
     if files:
         session = _read(files, output)
@@ -182,13 +207,23 @@ def compare(
             baseline = None
 
     from kvq_core.bench import report
+    from kvq_core.bench.advice import advise, quality_warnings
+    from kvq_core.bench.breakeven import curves
     from kvq_core.bench.compare import compare_records
 
     comparison = compare_records(session.records, baseline)
     warnings, advice = comparison.warnings(), list[str]()
-    if measured_quality is not None and max_kl is not None:
-        advice = advise(comparison, measured_quality, max_kl)
+    if max_kl is not None or limits.slo:
+        advice = advise(comparison, measured_quality, limits)
+    else:
+        advice = [curve.sentence for curve in curves(comparison)]
+    if measured_quality is not None:
         warnings += quality_warnings(comparison, measured_quality)
+    if html:
+        from kvq_core.bench.html import page
+
+        records = measured_quality.records if measured_quality else ()
+        text = page(comparison, advice=advice, warnings=warnings, quality=records)
     if json:
         console.emit_json(session.documents(comparison.documents()))
     elif markdown:
@@ -205,6 +240,9 @@ def compare(
     session.save(comparison.documents())
     if output:
         console.say(f"wrote {output}")
+    if html:
+        write_text(html, text, "--html")
+        console.say(f"wrote {html}")
     session.finish()
     if fail_on_regression is not None:
         _check_regressions(comparison, fail_on_regression)
@@ -269,6 +307,7 @@ kvq compare --policies 0,42 --repeats 5
 kvq compare --policies 0,8,4,42 --sweep concurrency=1,8,64 context=512,2048 --output sweep.json --resume
 kvq compare runs.json other.json --baseline none --markdown
 kvq compare --policies 0,8,4,42 --quality quality.json --max-kl 0.02
+kvq compare sweep.json --slo ttft:500 tpot:50 --html report.html
 kvq compare before.json after.json --fail-on-regression 5%
 
 {DEFINITIONS_HELP}

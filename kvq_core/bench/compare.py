@@ -162,17 +162,22 @@ class Comparison:
         groups: dict[int, list[tuple[str, RunRecord]]] = {}
         for name, record, base in zip(self.names, self.records, self.baselines, strict=True):
             groups.setdefault(id(base), []).append((name, record))
+        all_found: dict[str, dict[str, list[str]]] = {}
         for group in groups.values():
-            found = {}
+            found: dict[str, dict[str, list[str]]] = {}
             for what, value_of in _conditions([record for _, record in group]):
                 values: dict[str, list[str]] = {}
                 for name, record in group:
                     values.setdefault(_show(value_of(record)), []).append(name)
                 if len(values) > 1:
-                    found[what] = {value: _shorten(names) for value, names in values.items()}
+                    found[what] = values
             if len([what for what in found if what.startswith("workload")]) > 1:
                 found.pop(_REQUESTS, None)  # something that says more differs, too
-            yield from found.items()
+            for what, values in found.items():
+                for value, names in values.items():
+                    all_found.setdefault(what, {}).setdefault(value, []).extend(names)
+        for what, values in all_found.items():
+            yield what, {value: _shorten(names) for value, names in values.items()}
 
 
 def compare_records(records: Sequence[RunRecord], baseline: str | None = None) -> Comparison:

@@ -244,17 +244,27 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         ) from error
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, flag: str = "--output") -> None:
     """Make sure, before anything is measured, that `path` can be written; creates its folder."""
     if path.is_dir():
-        raise KvqError(f"{path} is a folder", "--output takes the name of a file")
+        raise KvqError(f"{path} is a folder", f"{flag} takes the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except OSError as error:
         raise KvqError(
-            f"cannot write {path}: {error.strerror or error}", "choose another place for --output"
+            f"cannot write {path}: {error.strerror or error}", f"choose another place for {flag}"
+        ) from error
+
+
+def write_text(path: Path, text: str, flag: str) -> None:
+    """Write a file in one stroke; `KvqError` naming `flag` where that can't be done."""
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        raise KvqError(
+            f"cannot write {path}: {error.strerror or error}", f"choose another place for {flag}"
         ) from error
 
 
