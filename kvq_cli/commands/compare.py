@@ -208,7 +208,7 @@ def compare(
 
     from kvq_core.bench import report
     from kvq_core.bench.advice import advise, quality_warnings
-    from kvq_core.bench.breakeven import curves
+    from kvq_core.bench.breakeven import break_even_table, sentences
     from kvq_core.bench.compare import compare_records
 
     comparison = compare_records(session.records, baseline)
@@ -216,7 +216,7 @@ def compare(
     if max_kl is not None or limits.slo:
         advice = advise(comparison, measured_quality, limits)
     else:
-        advice = [curve.sentence for curve in curves(comparison)]
+        advice = sentences(comparison)
     if measured_quality is not None:
         warnings += quality_warnings(comparison, measured_quality)
     if html:
@@ -231,7 +231,9 @@ def compare(
     elif csv:
         console.emit(report.csv(comparison))
     else:
-        emit_tables(report.comparison_tables(comparison), [*report.comparison_notes(comparison), *advice], [])
+        even = break_even_table(comparison)
+        tables = [*report.comparison_tables(comparison), *([even] if even else [])]
+        emit_tables(tables, [*report.comparison_notes(comparison), *advice], [])
     if json or csv:
         for line in advice:
             console.say(line)

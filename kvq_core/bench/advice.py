@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvq_core.bench.breakeven import curves
+from kvq_core.bench.breakeven import sentences
 from kvq_core.bench.compare import Comparison
 from kvq_core.bench.record import RunRecord, read_records
 from kvq_core.bench.report import NAMES, number
@@ -74,9 +74,9 @@ def advise(comparison: Comparison, quality: Quality | None, limits: Limits) -> l
     lines = [_recommend(comparison, group, quality, limits) for group in groups.values()]
     if limits.slo and len(groups) > 1:
         lines += _most_load(comparison, quality, limits)
-    measured = curves(comparison)
+    measured = sentences(comparison)
     if measured:
-        return lines + [curve.sentence for curve in measured]
+        return lines + measured
     return lines + [line for i in range(len(comparison.records)) for line in _break_even(comparison, i)]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvq_core.bench.compare import Comparison
 from kvq_core.bench.repeats import usable
-from kvq_core.bench.report import Cell, Table, number
+from kvq_core.bench.report import Cell, Table, is_on_cpu, number
 
 KEY = "output_throughput"
 NOTHING = 0.005
@@ -90,6 +90,11 @@ def curves(comparison: Comparison) -> list[Curve]:
             request = f"{work.get('mean_input_len') or 0:,.0f} + {work.get('mean_output_len') or 0:,.0f}"
             found.append(Curve(name, comparison.baselines[indices[0]].name, context, points, request))
     return found
+
+
+def sentences(comparison: Comparison) -> list[str]:
+    """A line for each curve; none for speeds of a CPU, which say nothing about a GPU."""
+    return [] if is_on_cpu(comparison.records) else [curve.sentence for curve in curves(comparison)]
 
 
 def break_even_table(comparison: Comparison) -> Table | None:

@@ -134,11 +134,13 @@ def _scale(values: Sequence[float], axis: Axis, start: float, end: float) -> Sca
     if axis.log:
         positive = [value for value in values if value > 0] or [1.0]
         low, high = min(positive), max(positive)
-        return Scale(low / 1.15, high * 1.15 if high > low else low * 10, True, start, end)
+        margin = max((high / low) ** 0.06, 1.1)
+        return Scale(low / margin, high * margin, True, start, end)
     low, high = 0.0 if axis.zero else min(values), axis.top or max(values)
     if high <= low:
         high = low + 1
-    return Scale(low, high if axis.top else high + (high - low) * 0.06, False, start, end)
+    margin = (high - low) * 0.06
+    return Scale(low - margin * (low != 0), high + margin * (axis.top is None), False, start, end)
 
 
 def _axes(across: Scale, up: Scale, x: Axis, y: Axis) -> str:

@@ -9,7 +9,15 @@ from kvq_core.bench.breakeven import break_even_table
 from kvq_core.bench.charts import OTHER, Axis, Dot, Series, bars, chart, marker, style
 from kvq_core.bench.compare import Comparison, cell_of
 from kvq_core.bench.record import RunRecord
-from kvq_core.bench.report import NAMES, Table, comparison_notes, comparison_tables, number
+from kvq_core.bench.report import (
+    NAMES,
+    REFERENCE_NOTE,
+    Table,
+    comparison_notes,
+    comparison_tables,
+    is_on_cpu,
+    number,
+)
 
 TRADE = {"tpot": "TPOT", "ttft": "TTFT", "e2el": "E2E"}
 """Latencies that throughput is drawn against; the first is shown at first."""
@@ -43,7 +51,10 @@ def page(
             f"<title>kvq: {escape(title)}</title><style>{_asset('report.css')}</style></head><body>",
             f"<header><h1>KV-cache policies on {escape(title)}</h1>",
             f'<p class="soft">{escape(_where(comparison))}</p>',
-            *(f'<p class="answer">{escape(line[:1].upper() + line[1:])}</p>' for line in advice),
+            '<div class="answer">' * bool(advice),
+            *(f"<p>{escape(line[:1].upper() + line[1:])}</p>" for line in advice),
+            "</div>" * bool(advice),
+            f'<p class="warning">{REFERENCE_NOTE}</p>' * is_on_cpu(comparison.records),
             *(f'<p class="warning"><b>Warning:</b> {escape(line)}</p>' for line in warnings),
             f'</header><main><nav class="bar">{_legend(colors)}</nav>',
             *filter(None, sections),

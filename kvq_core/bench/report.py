@@ -63,6 +63,9 @@ SPEED = (
 GOODPUT = Figure("request_goodput", "goodput", "/s")
 MEMORY = ["KV\nB/token", "effective\nbits", "capacity\ntokens", "peak\ntokens", "pre-\nempted", "requests"]
 
+QUEUE = {"mean_running": "running\non average", "mean_waiting": "waiting\non average"}
+"""Requests inside the engine: what runs, and what waits for room, preempted ones among them."""
+
 
 def number(value: float | None, digits: int = 4) -> str:
     """About `digits` significant digits, whole numbers in full with thousands separated: 9.304, 2,368."""
@@ -78,14 +81,20 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     """Speed and memory, a row a record, every figure with its change against the baseline."""
     figures = speed_figures(comparison.records)
     speed, memory = [], []
+    queued = any((record.get("mean_waiting") or 0) > 0 for record in comparison.records)
     for i in comparison.order:
         record = comparison.records[i]
         name = Cell(comparison.names[i] + ("" if record.complete else " (incomplete)"))
         speed.append([name, *(_cell(comparison, i, figure) for figure in figures)])
-        memory.append([name, *_memory_cells(record)])
+        queue = [Cell(number(record.get(key))) for key in QUEUE]
+        memory.append([name, *_memory_cells(record), *(queue if queued else [])])
     return [
         Table("speed (latencies are means)", ["policy", *map(_heading, figures)], speed),
-        Table("memory (x: against 16 bits a number)", ["policy", *MEMORY], memory),
+        Table(
+            "memory (x: against 16 bits a number)",
+            ["policy", *MEMORY, *(QUEUE.values() if queued else [])],
+            memory,
+        ),
     ]
 
 
@@ -169,10 +178,15 @@ def conditions(record: RunRecord) -> str:
     return text
 
 
+def is_on_cpu(records: Sequence[RunRecord]) -> bool:
+    """Whether any of them was measured on a CPU by an engine of our own."""
+    return any(record.env.get("gpu") is None and not record.is_remote for record in records)
+
+
 def notes(records: Sequence[RunRecord]) -> list[str]:
     """What was measured, and whose speeds these are."""
     lines = list(dict.fromkeys(conditions(record) for record in records))
-    if any(record.env.get("gpu") is None and not record.is_remote for record in records):
+    if is_on_cpu(records):
         lines.append(REFERENCE_NOTE)
     return lines + list(dict.fromkeys(record.note for record in records if record.note))
 
