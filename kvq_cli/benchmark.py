@@ -207,7 +207,14 @@ def _work(
 ) -> Work:
     from kvq_core.bench.workload import make_workload
 
-    spec = replace(plan.resolve(on_cpu=model.device.type == "cpu", talk=is_first), seed=config.seed)
+    spec = replace(
+        plan.resolve(
+            on_cpu=model.device.type == "cpu",
+            talk=is_first,
+            available=len(dataset.entries) if dataset else None,
+        ),
+        seed=config.seed,
+    )
     workload = make_workload(
         spec,
         dataset,

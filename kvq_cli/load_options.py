@@ -12,7 +12,7 @@ import typer
 
 from kvq_cli import console
 from kvq_cli.options import ENGINE_PANEL
-from kvq_core.bench.load import Load
+from kvq_core.bench.load import Load, Ramp
 from kvq_core.bench.metrics import parse_limits
 from kvq_core.bench.sweep import Point
 from kvq_core.bench.workload import NAMES, WorkloadSpec
@@ -20,7 +20,7 @@ from kvq_core.errors import UsageError
 
 LOAD_PANEL = "Load"
 INPUT_LEN = WorkloadSpec.input_len
-LENGTH_NAMES = ("fixed", "random")
+LENGTH_NAMES = ("fixed", "random", "prefix")
 """Datasets whose prompts are as long as one likes."""
 CONCURRENCY = 64
 """Requests in flight where neither --concurrency nor --request-rate says anything."""
@@ -71,6 +71,27 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
             "request is due. `inf` is a closed loop, as is leaving it out.",
             metavar="R",
             show_default="a closed loop",
+        ),
+        None,
+    ),
+    "ramp_up": (
+        _flag(
+            str | None,
+            "--ramp-up",
+            "Requests per second that change from the first request to the last, not --request-rate: "
+            "linear:1..10 or exponential:1..64.",
+            metavar="SHAPE:FROM..TO",
+            show_default=False,
+        ),
+        None,
+    ),
+    "trace_speed": (
+        _flag(
+            float | None,
+            "--trace-speed",
+            "trace: replay its arrivals this many times as fast.",
+            metavar="X",
+            show_default="1",
         ),
         None,
     ),
@@ -140,7 +161,8 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
             "--dataset-name",
             "sharegpt: recorded conversations, the first prompt and as many tokens as its answer has. "
             "lengths: random token ids, lengths from a file. fixed, random: random token ids, --input-len "
-            "and --output-len of them.",
+            "and --output-len of them. prefix: the same after one of --num-prefixes shared beginnings. "
+            "jsonl: prompts from a file. trace: requests that arrive as a file's timestamps say.",
             metavar="NAME",
             autocompletion=_complete_name,
             show_default="sharegpt; fixed where --sweep has a context",
@@ -155,7 +177,9 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
                 "--dataset",
                 metavar="FILE",
                 help="sharegpt: a JSON file in ShareGPT's schema, or `hub` to download the usual one. "
-                "lengths: a JSON list of pairs, tokens of prompt and answer.",
+                "lengths: a JSON list of pairs, tokens of prompt and answer. jsonl: a line a request, with "
+                "`prompt` and `output_length`. trace: a line a request, with `timestamp` in milliseconds, "
+                "`input_length` or `prompt`, and `output_length`.",
                 show_default="the sample that ships with kvq",
                 rich_help_panel=LOAD_PANEL,
             ),
@@ -166,7 +190,7 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
         _flag(
             int | None,
             "--input-len",
-            "Tokens of a prompt (fixed), or their mean (random).",
+            "Tokens of a prompt (fixed), their mean (random), or those after the prefix (prefix).",
             min=1,
             show_default=str(INPUT_LEN),
         ),
@@ -175,6 +199,14 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
     "output_len": (
         _flag(int, "--output-len", "Tokens of an answer (fixed), or their mean (random).", min=1),
         128,
+    ),
+    "prefix_len": (
+        _flag(int, "--prefix-len", "prefix: tokens that prompts share.", min=1),
+        WorkloadSpec.prefix_len,
+    ),
+    "num_prefixes": (
+        _flag(int, "--num-prefixes", "prefix: how many different ones there are.", min=1),
+        WorkloadSpec.num_prefixes,
     ),
     "range_ratio": (
         _flag(
@@ -235,14 +267,14 @@ class LoadPlan:
             load = replace(load, concurrency=point.concurrency)
         return replace(self, spec=spec, load=load, point=point)
 
-    def resolve(self, on_cpu: bool, talk: bool = True) -> WorkloadSpec:
+    def resolve(self, on_cpu: bool, talk: bool = True, available: int | None = None) -> WorkloadSpec:
         """Sizes for where the model runs; says so where they are smaller than elsewhere."""
         concurrency = self.load.concurrency or CONCURRENCY
         arriving = math.ceil((self.load.request_rate or 0) * (self.load.duration or 0))
         usual = concurrency * (1 if on_cpu else 2)
         if self.point.concurrency is not None:
             usual = max(usual, MIN_OF_CELL)
-        num_prompts = self.num_prompts or arriving or usual
+        num_prompts = self.num_prompts or arriving or available or usual
         max_output_len = self.max_output_len or (CPU_OUTPUT_CAP if on_cpu else None)
         if talk and on_cpu and None in (self.num_prompts, self.max_output_len):
             count = "" if self.point.concurrency is not None else f"{num_prompts} requests, "
@@ -305,9 +337,18 @@ def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _plan(values: dict[str, Any]) -> LoadPlan:
     own = ("num_prompts", "max_output_len", "warmup", "max_num_seqs")
     rate = None if values["request_rate"] == math.inf else values["request_rate"]
+    ramp = Ramp.parse(values["ramp_up"]) if values["ramp_up"] else None
+    speed = values["trace_speed"]
+    if values["dataset_name"] == "trace":
+        speed = speed or 1.0
+    elif speed is not None:
+        raise UsageError("--trace-speed needs --dataset-name trace", "only a trace says when requests arrive")
+    is_open = any(how is not None for how in (rate, ramp, speed))
     load = Load(
-        concurrency=values["concurrency"] or (CONCURRENCY if rate is None else None),
+        concurrency=values["concurrency"] or (None if is_open else CONCURRENCY),
         request_rate=rate,
+        ramp=ramp,
+        trace_speed=speed,
         burstiness=values["burstiness"],
         duration=values["duration"],
         cancel_rate=values["cancel_rate"],
@@ -318,6 +359,8 @@ def _plan(values: dict[str, Any]) -> LoadPlan:
         input_len=values["input_len"] or INPUT_LEN,
         output_len=values["output_len"],
         range_ratio=values["range_ratio"],
+        prefix_len=values["prefix_len"],
+        num_prefixes=values["num_prefixes"],
     )
     asked = [name for name in ("concurrency", "input_len", "dataset_name") if values[name] is not None]
     sizes = {name: values[name] for name in own}

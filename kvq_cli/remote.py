@@ -112,7 +112,9 @@ def measure_server(
     model = server.served_model or find_served_model(server.base_url, server.key)
     tokenizer = _load_tokenizer(model if tokenizer_name == DEFAULT_MODEL else tokenizer_name)
     workload = make_workload(
-        replace(plan.resolve(on_cpu=False), seed=config.seed),
+        replace(
+            plan.resolve(on_cpu=False, available=len(dataset.entries) if dataset else None), seed=config.seed
+        ),
         dataset,
         tokenizer=tokenizer,
         vocab_size=len(tokenizer),

@@ -20,7 +20,7 @@ GUARDED = {"output_throughput": "output throughput", "mean_ttft_ms": "mean TTFT"
 """Figures that must not get worse, and their names."""
 _WORK = (
     "name", "dataset", "sha256", "num_prompts", "output_len_cap", "request_rate", "burstiness", "goodput",
-    "duration_limit_s", "cancel_rate", "mode",
+    "duration_limit_s", "cancel_rate", "mode", "ramp_up", "trace_speed", "prefix_len", "num_prefixes",
 )  # fmt: skip
 _REQUESTS = "workload's requests (SHA-256)"
 _ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs")

@@ -159,13 +159,22 @@ def conditions(record: RunRecord) -> str:
         text += f" of {work['mean_input_len']:.0f} + {work['mean_output_len']:.0f} tokens on average"
     if work.get("output_len_cap"):
         text += f", answers cut to {work['output_len_cap']}"
+    if work.get("prefix_len"):
+        count = work["num_prefixes"]
+        text += f", {count} shared beginning{'s' * (count > 1)} of {work['prefix_len']:,}"
+    if work.get("ramp_up"):
+        shape, _, rates = str(work["ramp_up"]).partition(":")
+        text += f", arriving {rates.replace('..', ' to ')} times a second ({shape} ramp)"
+    if work.get("trace_speed"):
+        speed = "" if work["trace_speed"] == 1 else f", {work['trace_speed']:g} times as fast"
+        text += f", arriving as in the trace{speed}"
     if work.get("request_rate"):
         text += f", {number(work['request_rate'])} requests per second asked for"
         text += f", {number(record.get('achieved_request_rate'))} sent"
         if work.get("burstiness", 1) != 1:
             text += f", burstiness {work['burstiness']:g}"
     if record.concurrency:
-        text += f", {'at most ' * bool(work.get('request_rate'))}{record.concurrency} at a time"
+        text += f", {'at most ' * (work.get('loop') == 'open')}{record.concurrency} at a time"
     if work.get("duration_limit_s"):
         text += f", none sent after {work['duration_limit_s']:g} s"
     if work.get("cancel_rate"):

@@ -52,7 +52,7 @@ def measure(
     metrics = summarize(result.traces, result.duration, limits)
     metrics |= {"unfinished": result.unfinished, "unsent": result.unsent}
     metrics |= result.timeline.means()
-    if load.request_rate is not None:
+    if load.is_open:
         metrics["achieved_request_rate"] = result.request_rate
     generator_bound = False
     if not info.in_process:

@@ -18,6 +18,8 @@ class BenchRequest:
     """Tokens of the prompt."""
     output_len: int
     """Tokens to generate; end-of-sequence is ignored, so that every policy does the same work."""
+    arrival: float | None = None
+    """In a trace, seconds from its start at which the request arrives."""
 
 
 @dataclass(frozen=True)
