@@ -19,6 +19,7 @@ from kvq_cli.options import (
     engine_options,
     parse_fraction,
 )
+from kvq_cli.remote import KEY_VARIABLE, ApiKeyEnv, LoadProcesses, Targets, find_servers, measure_servers
 from kvq_core.bench.sweep import Point, parse_sweep
 from kvq_core.config import EngineConfig
 from kvq_core.errors import CheckFailed, KvqError, UsageError
@@ -147,6 +148,9 @@ def compare(
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,
+    target: Targets = None,
+    load_processes: LoadProcesses = 1,
+    api_key_env: ApiKeyEnv = KEY_VARIABLE,
     model: Model = DEFAULT_MODEL,
     output: OutputFile = None,
     json: Json = False,
@@ -166,11 +170,16 @@ def compare(
         raise UsageError(
             "--json, --markdown and --csv are one or the other", "--output writes JSON beside any of them"
         )
-    if bool(files) == bool(policies):
+    if bool(files) + bool(policies) + bool(target) != 1:
+        both = bool(files) + bool(policies) + bool(target) > 1
         raise UsageError(
-            "`kvq compare` takes files of records, or --policies to measure" + ", not both" * bool(files),
-            "`kvq compare --policies 0,8,4,42`, or `kvq compare A.json B.json`",
+            "`kvq compare` takes files of records, --policies or --target" + ", one of them" * both,
+            "`kvq compare --policies 0,8,4,42`, `kvq compare A.json B.json`, or `--target vllm=URL`",
         )
+    if load_processes > 1 and not target:
+        raise UsageError("--load-processes needs --target", "an engine of our own needs no clients")
+    if target and resume:
+        raise UsageError("--resume goes with --policies", "servers are measured anew")
     if (max_kl is not None) != bool(quality) and not (quality and html):
         raise UsageError(
             "--max-kl and --quality go together",
@@ -183,10 +192,15 @@ def compare(
     limits = Limits(max_kl, parse_limits(slo or (), "--slo"))
     if html:
         check_output(html, "--html")
-    points = _check_sweep(sweep, resume, bool(policies), output)
+    points = _check_sweep(sweep, resume, not files, output)
     measured_quality = read_quality(quality) if quality else None
     if files:
         session = _read(files, output)
+    elif target:
+        servers = find_servers(target, api_key_env, load_processes)
+        session = measure_servers(
+            servers, model, config, plan, output, repeats=repeats, points=points, as_list=True
+        )
     else:
         chosen = parse_policies(policies)
         _check_baseline(baseline, chosen, config)
@@ -309,6 +323,7 @@ kvq compare --policies 0,42 --repeats 5
 kvq compare --policies 0,8,4,42 --sweep concurrency=1,8,64 context=512,2048 --output sweep.json --resume
 kvq compare runs.json other.json --baseline none --markdown
 kvq compare --policies 0,8,4,42 --quality quality.json --max-kl 0.02
+kvq compare --target vllm=http://127.0.0.1:8000 --target kvq=http://127.0.0.1:8001 --model Qwen/Qwen3-8B
 kvq compare sweep.json --slo ttft:500 tpot:50 --html report.html
 kvq compare before.json after.json --fail-on-regression 5%
 

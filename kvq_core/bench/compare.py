@@ -23,7 +23,7 @@ _WORK = (
     "duration_limit_s", "cancel_rate", "mode", "ramp_up", "trace_speed", "prefix_len", "num_prefixes",
 )  # fmt: skip
 _REQUESTS = "workload's requests (SHA-256)"
-_ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs")
+_ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs", "url", "api")
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,7 @@ def _send(target: Target, request: BenchRequest, trace: RequestTrace, clock: Cal
 def _record(trace: RequestTrace, event: Event) -> None:
     if event.tokens:
         trace.arrivals.append((event.time, event.tokens))
+    trace.lag += event.lag
     if event.counts is not None:
         trace.input_len, trace.counted = event.counts
     if event.error is not None:

@@ -34,6 +34,8 @@ class Event:
     error: str | None = None
     counts: tuple[int, int] | None = None
     """At the end, tokens of prompt and answer, where `tokens` were but chunks of a stream."""
+    lag: float = 0.0
+    """At the end, seconds that the target's client itself was late in sending the request."""
 
 
 @dataclass(frozen=True)
