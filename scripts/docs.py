@@ -126,7 +126,8 @@ def example() -> str:
     lines = advise(comparison, quality, Limits(max_kl=0.02))
     files = f"{RECORDS.relative_to(ROOT)} --quality {QUALITY.relative_to(ROOT)}"
     command = f"kvq compare {files} --max-kl 0.02 --markdown"
-    text = f"```bash\n{records[0].env['command']}\n{command}\n```\n\n{markdown(comparison, lines)}\n\n"
+    tables = markdown(comparison, lines, quality.of)
+    text = f"```bash\n{records[0].env['command']}\n{command}\n```\n\n{tables}\n\n"
     return text + reading(comparison)
 
 

@@ -144,7 +144,8 @@ def compare(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="What `kvq eval --output` wrote: the quality that --max-kl limits. May be repeated.",
+            help="What `kvq eval --output` wrote: quality to show beside speed, and for --max-kl. May be "
+            "repeated.",
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,
@@ -180,9 +181,9 @@ def compare(
         raise UsageError("--load-processes needs --target", "an engine of our own needs no clients")
     if target and resume:
         raise UsageError("--resume goes with --policies", "servers are measured anew")
-    if (max_kl is not None) != bool(quality) and not (quality and html):
+    if max_kl is not None and not quality:
         raise UsageError(
-            "--max-kl and --quality go together",
+            "--max-kl needs --quality",
             "`kvq eval --policies … --output quality.json`, then `--quality quality.json --max-kl 0.02`",
         )
     from kvq_core.bench.advice import Limits, read_quality
@@ -231,22 +232,23 @@ def compare(
         advice = advise(comparison, measured_quality, limits)
     else:
         advice = sentences(comparison)
+    kl = measured_quality.of if measured_quality else None
     if measured_quality is not None:
         warnings += quality_warnings(comparison, measured_quality)
     if html:
         from kvq_core.bench.html import page
 
         records = measured_quality.records if measured_quality else ()
-        text = page(comparison, advice=advice, warnings=warnings, quality=records)
+        text = page(comparison, advice=advice, warnings=warnings, quality=records, kl=kl)
     if json:
         console.emit_json(session.documents(comparison.documents()))
     elif markdown:
-        console.emit(report.markdown(comparison, advice))
+        console.emit(report.markdown(comparison, advice, kl))
     elif csv:
         console.emit(report.csv(comparison))
     else:
         even = break_even_table(comparison)
-        tables = [*report.comparison_tables(comparison), *([even] if even else [])]
+        tables = [*report.comparison_tables(comparison, kl), *([even] if even else [])]
         emit_tables(tables, [*report.comparison_notes(comparison), *advice], [])
     if json or csv:
         for line in advice:

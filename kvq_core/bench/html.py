@@ -12,6 +12,7 @@ from kvq_core.bench.record import RunRecord
 from kvq_core.bench.report import (
     NAMES,
     REFERENCE_NOTE,
+    Kl,
     Table,
     comparison_notes,
     comparison_tables,
@@ -31,8 +32,9 @@ def page(
     advice: Sequence[str] = (),
     warnings: Sequence[str] = (),
     quality: Sequence[RunRecord] = (),
+    kl: Kl | None = None,
 ) -> str:
-    """The whole report; `quality` are records of `kvq eval`, of the same policies or of more."""
+    """The whole report; `quality` are records of `kvq eval` for a chart, `kl` looks a policy's up."""
     colors = {name: i for i, name in enumerate(dict.fromkeys(record.name for record in comparison.records))}
     title = " · ".join(dict.fromkeys(str(record.model.get("name", "?")) for record in comparison.records))
     sections = [
@@ -41,7 +43,7 @@ def page(
         _per_cell("The cache over time", "time", comparison, _timelines(colors)),
         _memory(comparison, colors),
         _quality(quality, colors),
-        _tables(comparison),
+        _tables(comparison, kl),
         _provenance(comparison, quality),
     ]
     return "\n".join(
@@ -257,8 +259,8 @@ def _quality(quality: Sequence[RunRecord], colors: dict[str, int]) -> str:
     )
 
 
-def _tables(comparison: Comparison) -> str:
-    tables = comparison_tables(comparison)
+def _tables(comparison: Comparison, kl: Kl | None) -> str:
+    tables = comparison_tables(comparison, kl)
     even = break_even_table(comparison)
     cells = [cell_of(comparison.records[i]) for i in comparison.order]
     starts = {i for i in range(1, len(cells)) if cells[i] != cells[i - 1]}

@@ -1,6 +1,6 @@
 """Tables of run records, as data: a terminal, Markdown, CSV and JSON are views of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ SPEED = (
 GOODPUT = Figure("request_goodput", "goodput", "/s")
 MEMORY = ["KV\nB/token", "effective\nbits", "capacity\ntokens", "peak\ntokens", "pre-\nempted", "requests"]
 
+Kl = Callable[[RunRecord], float | None]
 QUEUE = {"mean_running": "running\non average", "mean_waiting": "waiting\non average"}
 """Requests inside the engine: what runs, and what waits for room, preempted ones among them."""
 
@@ -77,19 +78,25 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{max(0, digits - whole)}f}"
 
 
-def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Speed and memory, a row a record, every figure with its change against the baseline."""
+def comparison_tables(comparison: Comparison, kl: Kl | None = None) -> list[Table]:
+    """Speed and memory, a row a record, every figure with its change against the baseline.
+
+    `kl` gives a record's quality, nats per token, where it was measured.
+    """
     figures = speed_figures(comparison.records)
     speed, memory = [], []
     queued = any((record.get("mean_waiting") or 0) > 0 for record in comparison.records)
     for i in comparison.order:
         record = comparison.records[i]
         name = Cell(comparison.names[i] + ("" if record.complete else " (incomplete)"))
-        speed.append([name, *(_cell(comparison, i, figure) for figure in figures)])
+        quality = [] if kl is None else [Cell(number(kl(record)))]
+        speed.append([name, *(_cell(comparison, i, figure) for figure in figures), *quality])
         queue = [Cell(number(record.get(key))) for key in QUEUE]
         memory.append([name, *_memory_cells(record), *(queue if queued else [])])
     return [
-        Table("speed (latencies are means)", ["policy", *map(_heading, figures)], speed),
+        Table(
+            "speed (latencies are means)", ["policy", *map(_heading, figures), *(["KL"] if kl else [])], speed
+        ),
         Table(
             "memory (x: against 16 bits a number)",
             ["policy", *MEMORY, *(QUEUE.values() if queued else [])],
@@ -249,9 +256,9 @@ def run_tables(record: RunRecord) -> list[Table]:
     ]
 
 
-def markdown(comparison: Comparison, advice: Sequence[str] = ()) -> str:
+def markdown(comparison: Comparison, advice: Sequence[str] = (), kl: Kl | None = None) -> str:
     """One Markdown table, a row a record, and the notes, advice and warnings under it."""
-    speed, memory = comparison_tables(comparison)
+    speed, memory = comparison_tables(comparison, kl)
     columns = [
         heading.replace("pre-\n", "pre").replace("\n", " ") for heading in speed.columns + memory.columns[1:]
     ]

@@ -141,6 +141,31 @@ def test_the_command(kvq, bench, runs, write_json):
     assert "- recommended: 8 int8" in kvq("compare", *flags, "--markdown")[1]
     _, out, err = kvq("compare", *flags, "--json")
     assert len(json.loads(out)) == 4 and "recommended: 8 int8" in err
-    for half in (("--quality", quality), ("--max-kl", 0.02)):
-        code, _, err = kvq("compare", file, *half)
-        assert code == 2 and "--max-kl and --quality go together" in err
+    code, _, err = kvq("compare", file, "--max-kl", 0.02)
+    assert code == 2 and "--max-kl needs --quality" in err
+    code, out, _ = kvq("compare", file, "--quality", quality, "--markdown")
+    header, _, *rows = (line.split(" | ") for line in out.splitlines() if line.startswith("|"))
+    assert [row[header.index("KL")] for row in rows] == ["0", "0.000", "0.100", "0.171"]
+
+
+def test_a_limit_at_p99_rules_out(bench):
+    runs = [run(bench, "none", 0, 1.0, 1000), run(bench, "int4", 4, 2.0, 3000)]  # TTFT 1000 and 500 ms
+    (line, *_) = advise(compare_records(runs), None, Limits(slo={"ttft": 600.0}))
+    assert line == (
+        "recommended: 4 int4, the quickest with 5 output tok/s within p99 TTFT ≤ 600 ms; "
+        "ruled out: 0 none (p99 TTFT 1,000 ms)"
+    )
+    (line, *_) = advise(compare_records(runs), None, Limits(slo={"tpot": 1.0}))
+    assert line.startswith("recommended: none of these within p99 TPOT ≤ 1 ms")
+
+
+def test_the_most_load_within_the_limits(bench):
+    runs = [
+        run(bench, name, number, speed, 1000, concurrency=at)
+        for name, number in (("none", 0), ("int4", 4))
+        for at, speed in ((1, 2.0), (8, 1.0 + 0.1 * number))
+    ]
+    lines = advise(compare_records(runs), None, Limits(slo={"ttft": 900.0}))
+    assert [line for line in lines if line.startswith("most")] == [
+        "most within p99 TTFT ≤ 900 ms: 0 none c1 with 5 output tok/s"
+    ]
