@@ -8,7 +8,7 @@ from typing import Any
 from kvq_core.bench.breakeven import sentences
 from kvq_core.bench.compare import Comparison
 from kvq_core.bench.record import RunRecord, read_records
-from kvq_core.bench.report import NAMES, number
+from kvq_core.bench.report import NAMES, is_on_cpu, number
 from kvq_core.errors import KvqError
 
 TIE = 0.02
@@ -71,8 +71,10 @@ def advise(comparison: Comparison, quality: Quality | None, limits: Limits) -> l
     groups: dict[int, list[int]] = {}
     for i in comparison.order:
         groups.setdefault(id(comparison.baselines[i]), []).append(i)
-    lines = [_recommend(comparison, group, quality, limits) for group in groups.values()]
-    if limits.slo and len(groups) > 1:
+    # On a CPU memory decides, which is the same at every load.
+    loads = list(groups.values())[: 1 if is_on_cpu(comparison.records) else None]
+    lines = [_recommend(comparison, group, quality, limits) for group in loads]
+    if limits.slo and len(loads) > 1:
         lines += _most_load(comparison, quality, limits)
     measured = sentences(comparison)
     if measured:

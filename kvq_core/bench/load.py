@@ -109,7 +109,8 @@ class Load:
         rates = self.ramp.rates(count) if self.ramp else [self.request_rate or 0.0] * count
         generator = random.Random(f"arrivals {self.seed}")
         times = list(accumulate(generator.gammavariate(self.burstiness, 1.0) / rate for rate in rates))
-        return [time * sum(1 / rate for rate in rates) / times[-1] for time in times]
+        scale = sum(1 / rate for rate in rates) / times[-1]
+        return [time * scale for time in times]
 
     def cancellations(self, requests: Sequence[BenchRequest]) -> dict[int, int]:
         """Request -> tokens after which it is cancelled: at least one, and fewer than it asks for."""
