@@ -20,7 +20,7 @@ from kvq_cli.commands.profile_throughput import profile_throughput
 from kvq_cli.commands.run import run
 from kvq_cli.commands.serve import serve
 from kvq_cli.console import TalkHandler, emit, show_error
-from kvq_cli.load_options import spread_goodput
+from kvq_cli.load_options import spread_values
 from kvq_cli.options import name_the_flag
 from kvq_core.errors import KvqError, UsageError
 
@@ -87,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
 
 def _run(args: list[str]) -> int:
     try:
-        code = app(args=spread_goodput(args) or ["--help"], prog_name="kvq", standalone_mode=False)
+        code = app(args=spread_values(args) or ["--help"], prog_name="kvq", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):

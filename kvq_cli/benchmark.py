@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from kvq_core.bench.record import RunRecord
     from kvq_core.bench.report import Cell, Table
     from kvq_core.bench.run import Measurement
+    from kvq_core.bench.sweep import Cell as SweepCell
+    from kvq_core.bench.sweep import Point
     from kvq_core.bench.target import Target
-    from kvq_core.bench.workload import Workload
+    from kvq_core.bench.workload import Dataset, Workload
     from kvq_core.models import LoadedModel
 
 ONE_LINE_WIDTH = 140
@@ -44,8 +46,24 @@ class Session:
     interrupted: bool = False
     error: Exception | None = None
     """What went wrong, to be reported when everything measured has been shown."""
+    part: int | None = None
+    """Which invocation this is, from 2, where an earlier one is resumed."""
+    cells: list["SweepCell"] = field(default_factory=list)
+    """What is to be measured in all, where an earlier invocation is resumed."""
+
+    def has(self, cell: "SweepCell") -> bool:
+        """Whether the cell was measured by an earlier invocation."""
+        return self.part is not None and any(cell.matches(record) for record in self.records)
+
+    def keep(self, records: Sequence["RunRecord"]) -> None:
+        """Drop all records but these, and the rows of those that go."""
+        place = {id(record): number for number, record in enumerate(records)}
+        moved = {old: place.get(id(record)) for old, record in enumerate(self.records)}
+        self.records = list(records)
+        self.rows = [row | {"run": new} for row in self.rows if (new := moved[row["run"]]) is not None]
 
     def add(self, record: "RunRecord", rows: Sequence[dict[str, Any]]) -> None:
+        record = replace(record, part=self.part)
         self.records.append(record)
         self.rows += [{"label": record.label, "run": len(self.records) - 1} | row for row in rows]
         if not record.metrics.get("completed") and record.complete:
@@ -90,20 +108,29 @@ def measure_policies(
     *,
     label: str | None = None,
     repeats: int = 1,
+    points: "Sequence[Point] | None" = None,
+    equal_batch: bool = False,
+    resume: bool = False,
     as_list: bool,
 ) -> Session:
     """Load the model once and replay the same requests under each policy, with the same KV memory.
 
-    With `repeats` policies take turns (A B C A B C), so that what changes with time meets all of them.
+    Each policy's engine is started once and measures every point of the sweep. With `repeats` policies take
+    turns (A B C A B C), so that what changes with time meets all of them. With `resume`, what the output
+    file has already is not measured again.
 
     Ctrl-C and a policy that fails end up in the session; what is wrong with the input is raised at once.
     """
     from kvq_core.bench.record import check_output
-    from kvq_core.bench.workload import make_workload, read_dataset
+    from kvq_core.bench.sweep import Point
+    from kvq_core.bench.workload import read_dataset
 
+    points = points or [Point()]
+    plan = plan.at(points[0])
     dataset = read_dataset(plan.spec)
     if output:
         check_output(output)
+    session = _open_session(output, as_list, resume)
     with console.progress(f"loading {model_name}"):
         from kvq_core.models import load_model
 
@@ -112,29 +139,27 @@ def measure_policies(
             dtype=config.dtype,
             device=config.device,
             load_format=config.load_format,
-            need_tokenizer=plan.spec.name == "sharegpt",
+            need_tokenizer=plan.spec.needs_tokenizer,
         )
     _check_codecs(model, policies)
-    spec = replace(plan.resolve(on_cpu=model.device.type == "cpu"), seed=config.seed)
-    workload = make_workload(
-        spec,
-        dataset,
-        tokenizer=model.tokenizer,
-        vocab_size=model.geometry.vocab_size,
-        max_len=config.max_model_len or model.geometry.max_model_len,
+    works = [_work(plan.at(point), point is points[0], model, config, dataset) for point in points]
+    if equal_batch:
+        works = [replace(work, workload=work.workload.with_settings(mode="equal-batch")) for work in works]
+    seqs = plan.max_num_seqs or max(
+        min(work.load.concurrency or config.max_num_seqs, len(work.workload.requests)) for work in works
     )
-    load = replace(plan.load, seed=config.seed)
-    seqs = plan.max_num_seqs or min(load.concurrency or config.max_num_seqs, spec.num_prompts)
     config = config.replace(max_num_seqs=seqs)
-    session = Session(output, as_list)
+    if session.records:
+        config = _take_up(session, model, config, policies, works, repeats)
     runs = [(repeat, policy) for repeat in range(1, repeats + 1) for policy in policies]
     given_up: set[Policy] = set()
     for repeat, policy in runs:
-        if policy in given_up:
-            continue
         own, number = config.with_policy(policy), repeat if repeats > 1 else None
+        left = [work for work in works if not session.has(work.cell(own.resolved_policy(), number))]
+        if policy in given_up or not left:
+            continue
         try:
-            config = _measure(model, own, workload, load, plan.limits, label, number, session)
+            config = _measure(model, own, left, label, number, session)
         except KeyboardInterrupt:
             session.interrupted = True
         except KvqError as error:
@@ -154,6 +179,95 @@ def measure_policies(
     return session
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is measured under every policy: a cell of a sweep."""
+
+    name: str
+    """What tells it from other cells; empty where there is but one."""
+    workload: "Workload"
+    load: "Load"
+    limits: dict[str, float]
+
+    def cell(self, policy: Policy, repeat: int | None) -> "SweepCell":
+        from kvq_core.bench.run import describe_work
+        from kvq_core.bench.sweep import Cell
+
+        scheme = (policy.key, policy.value, policy.sink, policy.recent)
+        return Cell(scheme, describe_work(self.workload, self.load, self.limits), repeat)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a request has, prompt and answer together."""
+        return max(request.input_len + request.output_len for request in self.workload.requests)
+
+
+def _work(
+    plan: LoadPlan, is_first: bool, model: "LoadedModel", config: EngineConfig, dataset: "Dataset | None"
+) -> Work:
+    from kvq_core.bench.workload import make_workload
+
+    spec = replace(
+        plan.resolve(
+            on_cpu=model.device.type == "cpu",
+            talk=is_first,
+            available=len(dataset.entries) if dataset else None,
+        ),
+        seed=config.seed,
+    )
+    workload = make_workload(
+        spec,
+        dataset,
+        tokenizer=model.tokenizer,
+        vocab_size=model.geometry.vocab_size,
+        max_len=config.max_model_len or model.geometry.max_model_len,
+    )
+    return Work(plan.point.label, workload, replace(plan.load, seed=config.seed), plan.limits)
+
+
+def _open_session(output: Path | None, as_list: bool, resume: bool) -> Session:
+    """A session that goes on from the output file, where that is wanted and there is one."""
+    from kvq_core.bench.record import read_records, read_rows
+
+    if not (resume and output and output.exists()):
+        return Session(output, as_list)
+    records = read_records([output])
+    rows = [row for row in read_rows(output) if row.get("run", len(records)) < len(records)]
+    return Session(output, as_list, records, rows, part=max(record.part or 1 for record in records) + 1)
+
+
+def _take_up(
+    session: Session,
+    model: "LoadedModel",
+    config: EngineConfig,
+    policies: Sequence[Policy],
+    works: Sequence[Work],
+    repeats: int,
+) -> EngineConfig:
+    """Keep the records of an earlier invocation that are finished; the cache gets the memory it had then."""
+    from kvq_core.bench.sweep import take_up
+
+    numbers = range(1, repeats + 1) if repeats > 1 else [None]
+    resolved = [config.with_policy(policy).resolved_policy() for policy in policies]
+    session.cells = [work.cell(policy, n) for n in numbers for policy in resolved for work in works]
+    described = model.describe()
+    identity = {
+        "name": Path(described["name"]).name if Path(described["name"]).is_absolute() else described["name"]
+    }
+    identity |= {key: described.get(key) for key in ("dtype", "load_format")}
+    before = session.records
+    session.keep(take_up(before, session.cells, identity))
+    kept, cells = len(session.records), len(session.cells)
+    console.say(f"resuming: {kept} of {cells} cells are measured already, {cells - kept} to go")
+    memory = before[0].engine.get("kv_memory")
+    if config.kv_memory is not None and memory not in (None, config.kv_memory):
+        raise KvqError(
+            f"--resume: --kv-memory was {format_size(memory)} before",
+            "the same memory makes cells comparable",
+        )
+    return config.replace(kv_memory=memory)
+
+
 def _check_codecs(model: "LoadedModel", policies: Sequence[Policy]) -> None:
     """Refuse a policy that can't take the model's head dim before any of them is measured."""
     from kvq_core.codecs import get_codec
@@ -168,33 +282,63 @@ def _check_codecs(model: "LoadedModel", policies: Sequence[Policy]) -> None:
 def _measure(
     model: "LoadedModel",
     config: EngineConfig,
-    workload: "Workload",
-    load: "Load",
-    limits: dict[str, float],
+    works: Sequence[Work],
     label: str | None,
     repeat: int | None,
     session: Session,
 ) -> EngineConfig:
-    """Measure one policy and add its record; returns the config with the KV memory that it got."""
+    """Measure one policy, adding a record for each cell; returns the config with the KV memory that it got.
+
+    A cell that fails is told of, and the next one measured; the last failure is raised at the end.
+    """
     from kvq_core.bench.engine_target import EngineTarget
     from kvq_core.bench.env import collect_env
     from kvq_core.engine.engine import Engine
 
-    name = config.resolved_policy().label + (f", run {repeat}" if repeat else "")
-    with console.progress(f"{name}: starting the engine") as update:
+    policy = config.resolved_policy().label
+    with console.progress(f"{policy}: starting the engine") as update:
         engine = Engine(model, config, lambda done, total: update(done=done, total=total))
+    failure: KvqError | None = None
     try:
         memory = engine.config.kv_memory
-        console.say(f"{name}: KV cache of {format_size(memory or 0)}")
+        console.say(f"{policy}: KV cache of {format_size(memory or 0)}")
         env = collect_env(seed=config.seed, device=str(model.device))
-        measurement = replay(EngineTarget(engine), workload, load, limits, name, env=env, label=label)
+        for work in works:
+            name = ", ".join(filter(None, [policy, work.name, f"run {repeat}" if repeat else ""]))
+            target = EngineTarget(engine)
+            try:
+                _check_batch(work, target.kv_stats())
+                measurement = replay(
+                    target, work.workload, work.load, work.limits, name, env=env, label=label
+                )
+            except KvqError as error:
+                if work is not works[-1]:
+                    console.warn(f"{name} was not measured: {error.message}")
+                failure = error
+                target.close()
+                continue
+            session.interrupted |= measurement.load.interrupted
+            session.add(replace(measurement.record, repeat=repeat), measurement.rows)
+            if measurement.load.error:
+                raise measurement.load.error
+            if session.interrupted:
+                break
     finally:
         engine.close()
-    session.interrupted |= measurement.load.interrupted
-    session.add(replace(measurement.record, repeat=repeat), measurement.rows)
-    if measurement.load.error:
-        raise measurement.load.error
+    if failure:
+        raise failure
     return config.replace(kv_memory=memory)
+
+
+def _check_batch(work: Work, kv: dict[str, Any]) -> None:
+    """Refuse an equal batch that does not fit: it would be no equal batch."""
+    needed = (work.load.concurrency or 0) * work.longest
+    if work.workload.settings.get("mode") == "equal-batch" and needed > kv["capacity_tokens"]:
+        raise KvqError(
+            f"--mode equal-batch: {work.load.concurrency} requests of {work.longest:,} tokens do not fit "
+            f"into {kv['capacity_tokens']:,}",
+            "more --kv-memory, a lower --concurrency, or `--mode equal-memory`, in which requests wait",
+        )
 
 
 def replay(

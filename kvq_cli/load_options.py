@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Annotated, Any
@@ -12,14 +12,20 @@ import typer
 
 from kvq_cli import console
 from kvq_cli.options import ENGINE_PANEL
-from kvq_core.bench.load import Load
+from kvq_core.bench.load import Load, Ramp
 from kvq_core.bench.metrics import parse_limits
+from kvq_core.bench.sweep import Point
 from kvq_core.bench.workload import NAMES, WorkloadSpec
 from kvq_core.errors import UsageError
 
 LOAD_PANEL = "Load"
+INPUT_LEN = WorkloadSpec.input_len
+LENGTH_NAMES = ("fixed", "random", "prefix")
+"""Datasets whose prompts are as long as one likes."""
 CONCURRENCY = 64
 """Requests in flight where neither --concurrency nor --request-rate says anything."""
+MIN_OF_CELL = 4
+"""Fewest requests of a sweep's cell, unless --num-prompts says otherwise."""
 CPU_OUTPUT_CAP = 64
 """On a CPU, answers are cut to this many tokens unless --max-output-len says otherwise."""
 CPU_WARMUP_INPUT = 32
@@ -65,6 +71,27 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
             "request is due. `inf` is a closed loop, as is leaving it out.",
             metavar="R",
             show_default="a closed loop",
+        ),
+        None,
+    ),
+    "ramp_up": (
+        _flag(
+            str | None,
+            "--ramp-up",
+            "Requests per second that change from the first request to the last, not --request-rate: "
+            "linear:1..10 or exponential:1..64.",
+            metavar="SHAPE:FROM..TO",
+            show_default=False,
+        ),
+        None,
+    ),
+    "trace_speed": (
+        _flag(
+            float | None,
+            "--trace-speed",
+            "trace: replay its arrivals this many times as fast.",
+            metavar="X",
+            show_default="1",
         ),
         None,
     ),
@@ -130,15 +157,17 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
     ),
     "dataset_name": (
         _flag(
-            str,
+            str | None,
             "--dataset-name",
             "sharegpt: recorded conversations, the first prompt and as many tokens as its answer has. "
             "lengths: random token ids, lengths from a file. fixed, random: random token ids, --input-len "
-            "and --output-len of them.",
+            "and --output-len of them. prefix: the same after one of --num-prefixes shared beginnings. "
+            "jsonl: prompts from a file. trace: requests that arrive as a file's timestamps say.",
             metavar="NAME",
             autocompletion=_complete_name,
+            show_default="sharegpt; fixed where --sweep has a context",
         ),
-        "sharegpt",
+        None,
     ),
     "dataset_path": (
         Annotated[
@@ -148,7 +177,9 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
                 "--dataset",
                 metavar="FILE",
                 help="sharegpt: a JSON file in ShareGPT's schema, or `hub` to download the usual one. "
-                "lengths: a JSON list of pairs, tokens of prompt and answer.",
+                "lengths: a JSON list of pairs, tokens of prompt and answer. jsonl: a line a request, with "
+                "`prompt` and `output_length`. trace: a line a request, with `timestamp` in milliseconds, "
+                "`input_length` or `prompt`, and `output_length`.",
                 show_default="the sample that ships with kvq",
                 rich_help_panel=LOAD_PANEL,
             ),
@@ -156,12 +187,26 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "input_len": (
-        _flag(int, "--input-len", "Tokens of a prompt (fixed), or their mean (random).", min=1),
-        512,
+        _flag(
+            int | None,
+            "--input-len",
+            "Tokens of a prompt (fixed), their mean (random), or those after the prefix (prefix).",
+            min=1,
+            show_default=str(INPUT_LEN),
+        ),
+        None,
     ),
     "output_len": (
         _flag(int, "--output-len", "Tokens of an answer (fixed), or their mean (random).", min=1),
         128,
+    ),
+    "prefix_len": (
+        _flag(int, "--prefix-len", "prefix: tokens that prompts share.", min=1),
+        WorkloadSpec.prefix_len,
+    ),
+    "num_prefixes": (
+        _flag(int, "--num-prefixes", "prefix: how many different ones there are.", min=1),
+        WorkloadSpec.num_prefixes,
     ),
     "range_ratio": (
         _flag(
@@ -185,6 +230,9 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
 """Argument -> its flag and default."""
 
 
+ANYWHERE = Point()
+
+
 @dataclass(frozen=True)
 class LoadPlan:
     """What to replay and how; None is resolved once it is known where the model runs."""
@@ -197,17 +245,41 @@ class LoadPlan:
     max_output_len: int | None
     warmup: int | None
     max_num_seqs: int | None
+    asked: Collection[str] = ()
+    """Flags of the load that a sweep may set and that were given by themselves."""
+    point: Point = ANYWHERE
 
-    def resolve(self, on_cpu: bool) -> WorkloadSpec:
+    def at(self, point: Point) -> "LoadPlan":
+        """The plan of one cell of a sweep, which sets its concurrency and the length of its prompts."""
+        for name, value in (("concurrency", point.concurrency), ("input_len", point.context)):
+            if value is not None and name in self.asked:
+                raise UsageError(f"--{name.replace('_', '-')} is set by --sweep", "leave one of them out")
+        spec, load = self.spec, self.load
+        if point.context is not None:
+            if "dataset_name" in self.asked and spec.name not in LENGTH_NAMES:
+                raise UsageError(
+                    f"--sweep context=… sets the length of prompts, which --dataset-name {spec.name} has",
+                    f"leave --dataset-name out, or use one of {', '.join(LENGTH_NAMES)}",
+                )
+            name = spec.name if "dataset_name" in self.asked else "fixed"
+            spec = replace(spec, name=name, input_len=point.context)
+        if point.concurrency is not None:
+            load = replace(load, concurrency=point.concurrency)
+        return replace(self, spec=spec, load=load, point=point)
+
+    def resolve(self, on_cpu: bool, talk: bool = True, available: int | None = None) -> WorkloadSpec:
         """Sizes for where the model runs; says so where they are smaller than elsewhere."""
         concurrency = self.load.concurrency or CONCURRENCY
         arriving = math.ceil((self.load.request_rate or 0) * (self.load.duration or 0))
-        num_prompts = self.num_prompts or arriving or concurrency * (1 if on_cpu else 2)
+        usual = concurrency * (1 if on_cpu else 2)
+        if self.point.concurrency is not None:
+            usual = max(usual, MIN_OF_CELL)
+        num_prompts = self.num_prompts or arriving or available or usual
         max_output_len = self.max_output_len or (CPU_OUTPUT_CAP if on_cpu else None)
-        if on_cpu and None in (self.num_prompts, self.max_output_len):
+        if talk and on_cpu and None in (self.num_prompts, self.max_output_len):
+            count = "" if self.point.concurrency is not None else f"{num_prompts} requests, "
             console.say(
-                f"on a CPU: {num_prompts} requests, answers cut to {max_output_len} tokens"
-                " (--num-prompts, --max-output-len)"
+                f"on a CPU: {count}answers cut to {max_output_len} tokens (--num-prompts, --max-output-len)"
             )
         in_flight = min(concurrency, num_prompts)
         warmup = self.warmup or in_flight
@@ -225,12 +297,21 @@ class LoadPlan:
         )
 
 
-def spread_goodput(args: Sequence[str]) -> list[str]:
-    """`--goodput ttft:500 tpot:50`, as `vllm bench serve` takes it, with the flag before every limit."""
+SEVERAL = {
+    "--goodput": r"\w+:\d*\.?\d+",
+    "--slo": r"\w+:\d*\.?\d+",
+    "--sweep": r"[a-z-]+=[\d,]*",
+}
+"""Flags that take several values, and what a value looks like."""
+
+
+def spread_values(args: Sequence[str]) -> list[str]:
+    """`--goodput ttft:500 tpot:50`, as `vllm bench serve` takes it, with the flag before every value."""
     spread: list[str] = []
     for arg in args:
-        if spread[-2:-1] == ["--goodput"] and re.fullmatch(r"\w+:\d*\.?\d+", arg):
-            spread.append("--goodput")
+        flag = spread[-2] if len(spread) > 1 else ""
+        if flag in SEVERAL and re.fullmatch(SEVERAL[flag], arg):
+            spread.append(flag)
         spread.append(arg)
     return spread
 
@@ -256,18 +337,31 @@ def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _plan(values: dict[str, Any]) -> LoadPlan:
     own = ("num_prompts", "max_output_len", "warmup", "max_num_seqs")
     rate = None if values["request_rate"] == math.inf else values["request_rate"]
+    ramp = Ramp.parse(values["ramp_up"]) if values["ramp_up"] else None
+    speed = values["trace_speed"]
+    if values["dataset_name"] == "trace":
+        speed = speed or 1.0
+    elif speed is not None:
+        raise UsageError("--trace-speed needs --dataset-name trace", "only a trace says when requests arrive")
+    is_open = any(how is not None for how in (rate, ramp, speed))
     load = Load(
-        concurrency=values["concurrency"] or (CONCURRENCY if rate is None else None),
+        concurrency=values["concurrency"] or (None if is_open else CONCURRENCY),
         request_rate=rate,
+        ramp=ramp,
+        trace_speed=speed,
         burstiness=values["burstiness"],
         duration=values["duration"],
         cancel_rate=values["cancel_rate"],
     )
     spec = WorkloadSpec(
-        name=values["dataset_name"],
+        name=values["dataset_name"] or "sharegpt",
         path=values["dataset_path"],
-        input_len=values["input_len"],
+        input_len=values["input_len"] or INPUT_LEN,
         output_len=values["output_len"],
         range_ratio=values["range_ratio"],
+        prefix_len=values["prefix_len"],
+        num_prefixes=values["num_prefixes"],
     )
-    return LoadPlan(spec, load, parse_limits(values["goodput"] or ()), **{name: values[name] for name in own})
+    asked = [name for name in ("concurrency", "input_len", "dataset_name") if values[name] is not None]
+    sizes = {name: values[name] for name in own}
+    return LoadPlan(spec, load, parse_limits(values["goodput"] or ()), asked=asked, **sizes)

@@ -8,7 +8,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,10 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
-def render(text: str) -> str:
-    """README text with every part made anew."""
-    return PART.sub(lambda part: part[1] + PARTS[part[2]]() + part[4], text)
+def render(text: str, more: Mapping[str, Callable[[], str]] | None = None) -> str:
+    """A page's text with every part made anew, those of the README and `more`."""
+    parts = PARTS | dict(more or {})
+    return PART.sub(lambda part: part[1] + parts[part[2]]() + part[4], text)
 
 
 def main() -> int:

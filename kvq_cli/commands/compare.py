@@ -19,12 +19,23 @@ from kvq_cli.options import (
     engine_options,
     parse_fraction,
 )
+from kvq_cli.remote import KEY_VARIABLE, ApiKeyEnv, LoadProcesses, Targets, find_servers, measure_servers
+from kvq_core.bench.sweep import Point, parse_sweep
 from kvq_core.config import EngineConfig
 from kvq_core.errors import CheckFailed, KvqError, UsageError
 from kvq_core.policies import Policy, parse_policies
 
 if TYPE_CHECKING:
     from kvq_core.bench.compare import Comparison
+
+
+EQUAL_MEMORY, EQUAL_BATCH = "equal-memory", "equal-batch"
+
+
+def parse_mode(text: str) -> str:
+    if text not in (EQUAL_MEMORY, EQUAL_BATCH):
+        raise UsageError(f"unknown --mode `{text}`", f"use {EQUAL_MEMORY} or {EQUAL_BATCH}")
+    return text
 
 
 @engine_options(without=("policy", "max_num_seqs"))
@@ -49,6 +60,37 @@ def compare(
             rich_help_panel=LOAD_PANEL,
         ),
     ] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="AXIS=N,N...",
+            help="Measure every policy at each combination of these: concurrency=1,8,64 (requests in flight) "
+            "and context=512,2048 (tokens of prompts, answered by --output-len tokens). With --output, each "
+            "record is written as its cell finishes.",
+            rich_help_panel=LOAD_PANEL,
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            parser=parse_mode,
+            help="equal-memory: the same memory for every policy, --concurrency requests in flight; those "
+            "that do not fit wait, so that policies that pack more run more. equal-batch: all of them must "
+            "fit under every policy, so that steps of the same size are compared.",
+            rich_help_panel=LOAD_PANEL,
+        ),
+    ] = EQUAL_MEMORY,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where an interrupted run with the same flags stopped: what --output has already is "
+            "not measured again.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = False,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -68,6 +110,26 @@ def compare(
             rich_help_panel=CHECK_PANEL,
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write a report: one page with charts and tables, which needs no network; --quality adds "
+            "quality against bits.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
+    slo: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slo",
+            metavar="LIMIT...",
+            help="Recommend the quickest policy that meets all of these at p99, in milliseconds: ttft:500 "
+            "tpot:50 e2el:20000.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -82,10 +144,14 @@ def compare(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="What `kvq eval --output` wrote: the quality that --max-kl limits. May be repeated.",
+            help="What `kvq eval --output` wrote: quality to show beside speed, and for --max-kl. May be "
+            "repeated.",
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,
+    target: Targets = None,
+    load_processes: LoadProcesses = 1,
+    api_key_env: ApiKeyEnv = KEY_VARIABLE,
     model: Model = DEFAULT_MODEL,
     output: OutputFile = None,
     json: Json = False,
@@ -105,45 +171,85 @@ def compare(
         raise UsageError(
             "--json, --markdown and --csv are one or the other", "--output writes JSON beside any of them"
         )
-    if bool(files) == bool(policies):
+    if bool(files) + bool(policies) + bool(target) != 1:
+        both = bool(files) + bool(policies) + bool(target) > 1
         raise UsageError(
-            "`kvq compare` takes files of records, or --policies to measure" + ", not both" * bool(files),
-            "`kvq compare --policies 0,8,4,42`, or `kvq compare A.json B.json`",
+            "`kvq compare` takes files of records, --policies or --target" + ", one of them" * both,
+            "`kvq compare --policies 0,8,4,42`, `kvq compare A.json B.json`, or `--target vllm=URL`",
         )
-    if (max_kl is None) != (not quality):
+    if load_processes > 1 and not target:
+        raise UsageError("--load-processes needs --target", "an engine of our own needs no clients")
+    if target and resume:
+        raise UsageError("--resume goes with --policies", "servers are measured anew")
+    if max_kl is not None and not quality:
         raise UsageError(
-            "--max-kl and --quality go together",
+            "--max-kl needs --quality",
             "`kvq eval --policies … --output quality.json`, then `--quality quality.json --max-kl 0.02`",
         )
-    from kvq_core.bench.advice import advise, quality_warnings, read_quality
+    from kvq_core.bench.advice import Limits, read_quality
+    from kvq_core.bench.metrics import parse_limits
+    from kvq_core.bench.record import check_output, write_text
 
+    limits = Limits(max_kl, parse_limits(slo or (), "--slo"))
+    if html:
+        check_output(html, "--html")
+    points = _check_sweep(sweep, resume, not files, output)
     measured_quality = read_quality(quality) if quality else None
     if files:
         session = _read(files, output)
+    elif target:
+        servers = find_servers(target, api_key_env, load_processes)
+        session = measure_servers(
+            servers, model, config, plan, output, repeats=repeats, points=points, as_list=True
+        )
     else:
         chosen = parse_policies(policies)
         _check_baseline(baseline, chosen, config)
-        session = measure_policies(model, config, chosen, plan, output, repeats=repeats, as_list=True)
+        session = measure_policies(
+            model,
+            config,
+            chosen,
+            plan,
+            output,
+            repeats=repeats,
+            points=points,
+            equal_batch=mode == EQUAL_BATCH,
+            resume=resume,
+            as_list=True,
+        )
         if baseline and not any(record.is_called(baseline) for record in session.records):
             console.warn(f"the baseline {baseline} was not measured; the first policy takes its place")
             baseline = None
 
     from kvq_core.bench import report
+    from kvq_core.bench.advice import advise, quality_warnings
+    from kvq_core.bench.breakeven import break_even_table, sentences
     from kvq_core.bench.compare import compare_records
 
     comparison = compare_records(session.records, baseline)
     warnings, advice = comparison.warnings(), list[str]()
-    if measured_quality is not None and max_kl is not None:
-        advice = advise(comparison, measured_quality, max_kl)
+    if max_kl is not None or limits.slo:
+        advice = advise(comparison, measured_quality, limits)
+    else:
+        advice = sentences(comparison)
+    kl = measured_quality.of if measured_quality else None
+    if measured_quality is not None:
         warnings += quality_warnings(comparison, measured_quality)
+    if html:
+        from kvq_core.bench.html import page
+
+        records = measured_quality.records if measured_quality else ()
+        text = page(comparison, advice=advice, warnings=warnings, quality=records, kl=kl)
     if json:
         console.emit_json(session.documents(comparison.documents()))
     elif markdown:
-        console.emit(report.markdown(comparison, advice))
+        console.emit(report.markdown(comparison, advice, kl))
     elif csv:
         console.emit(report.csv(comparison))
     else:
-        emit_tables(report.comparison_tables(comparison), [*report.comparison_notes(comparison), *advice], [])
+        even = break_even_table(comparison)
+        tables = [*report.comparison_tables(comparison, kl), *([even] if even else [])]
+        emit_tables(tables, [*report.comparison_notes(comparison), *advice], [])
     if json or csv:
         for line in advice:
             console.say(line)
@@ -152,9 +258,28 @@ def compare(
     session.save(comparison.documents())
     if output:
         console.say(f"wrote {output}")
+    if html:
+        write_text(html, text, "--html")
+        console.say(f"wrote {html}")
     session.finish()
     if fail_on_regression is not None:
         _check_regressions(comparison, fail_on_regression)
+
+
+def _check_sweep(sweep: list[str] | None, resume: bool, measures: bool, output: Path | None) -> list[Point]:
+    """The cells of --sweep; nothing that was measured may be overwritten."""
+    points = parse_sweep(sweep or ())
+    if (sweep or resume) and not measures:
+        flag = "--sweep" if sweep else "--resume"
+        raise UsageError(f"{flag} goes with --policies", f"`kvq compare --policies 0,42 {flag} …`")
+    if resume and output is None:
+        raise UsageError("--resume needs --output", "the file that the interrupted run wrote")
+    if sweep and output and output.exists() and not resume:
+        raise KvqError(
+            f"{output} exists, and a sweep overwrites nothing",
+            "`--resume` goes on with it; for a new sweep choose another --output",
+        )
+    return points
 
 
 def _check_regressions(comparison: "Comparison", share: float) -> None:
@@ -197,8 +322,11 @@ memory for the cache. With files, compares runs of earlier, on any machine.
 kvq compare --policies 0,8,4,42
 kvq compare --policies 0,42 --model Qwen/Qwen3-8B --concurrency 128 --kv-memory 16GiB --output runs.json
 kvq compare --policies 0,42 --repeats 5
+kvq compare --policies 0,8,4,42 --sweep concurrency=1,8,64 context=512,2048 --output sweep.json --resume
 kvq compare runs.json other.json --baseline none --markdown
 kvq compare --policies 0,8,4,42 --quality quality.json --max-kl 0.02
+kvq compare --target vllm=http://127.0.0.1:8000 --target kvq=http://127.0.0.1:8001 --model Qwen/Qwen3-8B
+kvq compare sweep.json --slo ttft:500 tpot:50 --html report.html
 kvq compare before.json after.json --fail-on-regression 5%
 
 {DEFINITIONS_HELP}

@@ -8,7 +8,16 @@ from kvq_cli import console
 from kvq_cli.benchmark import DEFINITIONS_HELP, emit_tables, measure_policies
 from kvq_cli.load_options import LoadPlan, load_options
 from kvq_cli.options import DEFAULT_MODEL, OUTPUT_PANEL, Json, Model, OutputFile, engine_options
-from kvq_cli.remote import KEY_VARIABLE, Api, ApiKeyEnv, BaseUrl, ServedModel, find_server, measure_server
+from kvq_cli.remote import (
+    KEY_VARIABLE,
+    Api,
+    ApiKeyEnv,
+    BaseUrl,
+    LoadProcesses,
+    ServedModel,
+    find_server,
+    measure_servers,
+)
 from kvq_core.config import EngineConfig
 from kvq_core.errors import UsageError
 
@@ -30,6 +39,7 @@ def profile_throughput(
     api: Api = "completions",
     served_model: ServedModel = None,
     api_key_env: ApiKeyEnv = KEY_VARIABLE,
+    load_processes: LoadProcesses = 1,
     output: OutputFile = None,
     json: Json = False,
     *,
@@ -37,13 +47,15 @@ def profile_throughput(
     config: EngineConfig,
 ) -> None:
     if base_url is None:
+        if load_processes > 1:
+            raise UsageError("--load-processes needs --base-url", "an engine of our own needs no clients")
         if served_model is not None:
             raise UsageError("--served-model needs --base-url", "--model names the model that is run here")
         policy = config.resolved_policy()
         session = measure_policies(model, config, [policy], plan, output, label=label, as_list=False)
     else:
-        server = find_server(base_url, api, served_model, api_key_env)
-        session = measure_server(server, model, config, plan, output, label)
+        server = find_server(base_url, api, served_model, api_key_env, label=label, processes=load_processes)
+        session = measure_servers([server], model, config, plan, output, as_list=False)
     documents = [record.to_dict() for record in session.records]
     if json:
         console.emit_json(session.documents(documents))

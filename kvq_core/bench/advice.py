@@ -1,17 +1,20 @@
 """Which policy to run, by the user's own limits, and from which load on a policy pays."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvq_core.bench.breakeven import sentences
 from kvq_core.bench.compare import Comparison
 from kvq_core.bench.record import RunRecord, read_records
-from kvq_core.bench.report import number
+from kvq_core.bench.report import NAMES, is_on_cpu, number
 from kvq_core.errors import KvqError
 
 TIE = 0.02
 """Speeds that differ by less than this share are equal; memory decides."""
+
+_SPEED = "output_throughput"
 
 Scheme = tuple[Any, ...]
 """What tells policies apart, whatever they are called: key and value codec, sink, recent."""
@@ -19,14 +22,15 @@ Scheme = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Quality:
-    """KL divergence, nats per token, by policy, as `kvq eval` measured it, and on which models."""
+    """KL divergence, nats per token, by policy, its models, and the records of `kvq eval` that say so."""
 
     kl: Mapping[Scheme, float]
     models: frozenset[str]
+    records: Sequence[RunRecord] = ()
 
     def of(self, record: RunRecord) -> float | None:
         """None where it was not measured; an unquantized cache has 0 by definition."""
-        scheme = _scheme(record)
+        scheme = record.scheme
         return 0.0 if scheme[:2] == ("none", "none") else self.kl.get(scheme)
 
 
@@ -44,17 +48,37 @@ def read_quality(paths: Iterable[Path]) -> Quality:
                 f"the record {record.name} has no KL divergence",
                 "--quality takes what `kvq eval --output` wrote",
             )
-        scheme = _scheme(record)
+        scheme = record.scheme
         kl[scheme] = max(value, kl.get(scheme, value))
-    return Quality(kl, frozenset(str(record.model.get("name")) for record in records))
+    return Quality(kl, frozenset(str(record.model.get("name")) for record in records), records)
 
 
-def advise(comparison: Comparison, quality: Quality, max_kl: float) -> list[str]:
-    """A recommendation for every load that was measured, and the break-even of every policy."""
+@dataclass(frozen=True)
+class Limits:
+    """What a policy must keep to be recommended; None and empty: no limit."""
+
+    max_kl: float | None = None
+    slo: Mapping[str, float] = field(default_factory=dict)
+    """Milliseconds at p99 by latency."""
+
+    def __str__(self) -> str:
+        parts = [f"KL {self.max_kl:g}"] if self.max_kl is not None else []
+        return " and ".join(parts + [f"p99 {NAMES[name]} ≤ {ms:g} ms" for name, ms in self.slo.items()])
+
+
+def advise(comparison: Comparison, quality: Quality | None, limits: Limits) -> list[str]:
+    """A recommendation for every load that was measured, the best of all loads, and where policies pay."""
     groups: dict[int, list[int]] = {}
-    for i, base in enumerate(comparison.baselines):
-        groups.setdefault(id(base), []).append(i)
-    lines = [_recommend(comparison, group, quality, max_kl) for group in groups.values()]
+    for i in comparison.order:
+        groups.setdefault(id(comparison.baselines[i]), []).append(i)
+    # On a CPU memory decides, which is the same at every load.
+    loads = list(groups.values())[: 1 if is_on_cpu(comparison.records) else None]
+    lines = [_recommend(comparison, group, quality, limits) for group in loads]
+    if limits.slo and len(loads) > 1:
+        lines += _most_load(comparison, quality, limits)
+    measured = sentences(comparison)
+    if measured:
+        return lines + measured
     return lines + [line for i in range(len(comparison.records)) for line in _break_even(comparison, i)]
 
 
@@ -63,24 +87,49 @@ def quality_warnings(comparison: Comparison, quality: Quality) -> list[str]:
     return [f"quality was measured on another model: {', '.join(sorted(other))}"] * bool(other)
 
 
-def _recommend(comparison: Comparison, rows: Sequence[int], quality: Quality, max_kl: float) -> str:
-    allowed, ruled_out = [], []
-    for i in rows:
-        name, kl = comparison.names[i], quality.of(comparison.records[i])
+def _ruled_out(record: RunRecord, quality: Quality | None, limits: Limits) -> str | None:
+    """Why a record keeps the limits not; None where it does."""
+    if not record.metrics.get("completed"):
+        return "no request was completed"
+    if limits.max_kl is not None:
+        kl = quality.of(record) if quality else None
         if kl is None:
-            ruled_out.append(f"{name} (its quality was not measured)")
-        elif kl > max_kl:
-            ruled_out.append(f"{name} (KL {kl:.4g})")
-        elif not comparison.records[i].metrics.get("completed"):
-            ruled_out.append(f"{name} (no request was completed)")
-        else:
-            allowed.append(i)
+            return "its quality was not measured"
+        if kl > limits.max_kl:
+            return f"KL {kl:.4g}"
+    for name, limit in limits.slo.items():
+        value = record.get(f"p99_{name}_ms")
+        if value is not None and value > limit:
+            return f"p99 {NAMES[name]} {number(value)} ms"
+    return None
+
+
+def _recommend(comparison: Comparison, rows: Sequence[int], quality: Quality | None, limits: Limits) -> str:
+    reasons = {i: _ruled_out(comparison.records[i], quality, limits) for i in rows}
+    allowed = [i for i in rows if reasons[i] is None]
+    ruled_out = [f"{comparison.names[i]} ({reason})" for i, reason in reasons.items() if reason]
     because = f"; ruled out: {', '.join(ruled_out)}" if ruled_out else ""
     if not allowed:
-        return f"recommended: none of these within KL {max_kl:g}{because}"
+        return f"recommended: none of these within {limits}{because}"
     chosen, why = _best(comparison, allowed)
-    kl = quality.of(comparison.records[chosen]) or 0.0
-    return f"recommended: {comparison.names[chosen]}, {why} within KL {max_kl:g} (its own: {kl:.4g}){because}"
+    kl = quality.of(comparison.records[chosen]) if quality else None
+    own = f" (its own: {kl:.4g})" if limits.max_kl is not None and kl is not None else ""
+    return f"recommended: {comparison.names[chosen]}, {why} within {limits}{own}{because}"
+
+
+def _most_load(comparison: Comparison, quality: Quality | None, limits: Limits) -> list[str]:
+    """For each context the record with most output tokens per second that keeps the limits."""
+    best: dict[int | None, int] = {}
+    for i, record in enumerate(comparison.records):
+        known = best.get(record.context)
+        more = known is None or (record.get(_SPEED) or 0) > (comparison.records[known].get(_SPEED) or 0)
+        if _ruled_out(record, quality, limits) is None and more:
+            best[record.context] = i
+    return [
+        f"most within {limits}: {comparison.names[i]} with {number(comparison.records[i].get(_SPEED))} "
+        "output tok/s"
+        for i in best.values()
+    ]
 
 
 def _best(comparison: Comparison, rows: Sequence[int]) -> tuple[int, str]:
@@ -132,9 +181,3 @@ def _break_even(comparison: Comparison, i: int) -> list[str]:
         text + f"it pays from about {number(needed / length)} requests of {length:.0f} tokens at a time "
         f"(fit: {number(full / length)} without it, {number(mine / length)} with it; an estimate)"
     ]
-
-
-def _scheme(record: RunRecord) -> Scheme:
-    policy = record.policy
-    window = policy.get("sink") or 0, policy.get("recent") or 0
-    return policy.get("key"), policy.get("value"), *window, *(policy.get("layers") or ())

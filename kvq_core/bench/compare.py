@@ -20,10 +20,10 @@ GUARDED = {"output_throughput": "output throughput", "mean_ttft_ms": "mean TTFT"
 """Figures that must not get worse, and their names."""
 _WORK = (
     "name", "dataset", "sha256", "num_prompts", "output_len_cap", "request_rate", "burstiness", "goodput",
-    "duration_limit_s", "cancel_rate",
+    "duration_limit_s", "cancel_rate", "mode", "ramp_up", "trace_speed", "prefix_len", "num_prefixes",
 )  # fmt: skip
 _REQUESTS = "workload's requests (SHA-256)"
-_ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs")
+_ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs", "url", "api")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,31 @@ class Comparison:
         names = [record.name for record in self.records]
         if len({record.concurrency for record in self.records}) > 1:
             names = [f"{name} c{r.concurrency}" for name, r in zip(names, self.records, strict=True)]
+        if len({record.context for record in self.records}) > 1:
+            names = [f"{name} ctx{r.context}" for name, r in zip(names, self.records, strict=True)]
         seen: Counter[str] = Counter()
         unique = []
         for name in names:
             seen[name] += 1
             unique.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
         return unique
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Rows of the same load together, by context and concurrency; else as they were given."""
+        return sorted(range(len(self.records)), key=lambda i: cell_of(self.records[i]))
+
+    @cached_property
+    def resumed(self) -> str | None:
+        """Which records an earlier invocation measured and which a resumed one; None where there was one."""
+        parts: dict[int, list[str]] = {}
+        for name, runs in zip(self.names, self.runs, strict=True):
+            for part in sorted({run.part or 1 for run in runs}):
+                parts.setdefault(part, []).append(name)
+        if max(parts, default=1) == 1:
+            return None
+        told = [f"{', '.join(parts[part])} in part {part}" for part in sorted(parts)]
+        return f"measured in {len(parts)} parts, the run being resumed (--resume): {'; '.join(told)}"
 
     def is_baseline(self, i: int) -> bool:
         return self.records[i] is self.baselines[i]
@@ -143,24 +162,29 @@ class Comparison:
         groups: dict[int, list[tuple[str, RunRecord]]] = {}
         for name, record, base in zip(self.names, self.records, self.baselines, strict=True):
             groups.setdefault(id(base), []).append((name, record))
+        all_found: dict[str, dict[str, list[str]]] = {}
         for group in groups.values():
-            found = {}
+            found: dict[str, dict[str, list[str]]] = {}
             for what, value_of in _conditions([record for _, record in group]):
                 values: dict[str, list[str]] = {}
                 for name, record in group:
                     values.setdefault(_show(value_of(record)), []).append(name)
                 if len(values) > 1:
-                    found[what] = {value: _shorten(names) for value, names in values.items()}
+                    found[what] = values
             if len([what for what in found if what.startswith("workload")]) > 1:
                 found.pop(_REQUESTS, None)  # something that says more differs, too
-            yield from found.items()
+            for what, values in found.items():
+                for value, names in values.items():
+                    all_found.setdefault(what, {}).setdefault(value, []).extend(names)
+        for what, values in all_found.items():
+            yield what, {value: _shorten(names) for value, names in values.items()}
 
 
 def compare_records(records: Sequence[RunRecord], baseline: str | None = None) -> Comparison:
     """Put records side by side.
 
     `baseline` is a label, a policy's name or its number; by default the first record is it. Where records
-    were made at several concurrencies, each is measured against the baseline at its own.
+    were made at several concurrencies or lengths, each is measured against the baseline at its own.
     Raises `KvqError` where no record is the baseline.
     """
     assert records
@@ -170,9 +194,14 @@ def compare_records(records: Sequence[RunRecord], baseline: str | None = None) -
     alike = [record for record in records if record.label == first.label and record.policy == first.policy]
     baselines = []
     for record in records:
-        same = [other for other in alike if other.concurrency == record.concurrency]
+        same = [other for other in alike if cell_of(other) == cell_of(record)]
         baselines.append(first if first in same or not same else same[0])
     return Comparison(records, baselines, runs, measured)
+
+
+def cell_of(record: RunRecord) -> tuple[float, float]:
+    """(context, concurrency): the cell of a sweep; records of one are measured against each other."""
+    return record.context or 0, record.concurrency or 0
 
 
 def _change(record: RunRecord, baseline: RunRecord, key: str) -> float | None:

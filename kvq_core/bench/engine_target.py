@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from kvq_core.bench.target import BenchRequest, Event, TargetInfo
+from kvq_core.bench.target import BenchRequest, Event, TargetInfo, Usage
 from kvq_core.config import SamplingParams
 from kvq_core.engine.engine import Engine
 from kvq_core.errors import KvqError
@@ -68,6 +68,10 @@ class EngineTarget:
             if known == index:
                 self.engine.cancel(request_id)
                 del self._ids[request_id]
+
+    def usage(self) -> Usage:
+        load = self.engine.load
+        return Usage(self.engine.cache.blocks.tokens, load.running, load.waiting)
 
     def reset_stats(self) -> None:
         self.engine.reset_stats()

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from kvq_core.bench.target import BenchRequest, Event, TargetInfo
+from kvq_core.bench.target import BenchRequest, Event, TargetInfo, Usage
 from kvq_core.errors import KvqError, UsageError
 
 APIS = {"completions": "/completions", "chat": "/chat/completions"}
@@ -62,10 +62,13 @@ class HttpTarget:
             in_process=False,
         )
 
-    def send(self, request: BenchRequest) -> None:
+    def send(self, request: BenchRequest, asked: float | None = None) -> None:
+        """`asked`: when the request was to be sent, where that was in another process."""
         if self.api == "chat" and not isinstance(request.prompt, str):
             raise KvqError("the chat API takes text, and the prompt is token ids")
-        self._tasks[request.index] = self._runner.get_loop().create_task(self._answer(request))
+        self._tasks[request.index] = self._runner.get_loop().create_task(
+            self._answer(request, time.perf_counter() if asked is None else asked)
+        )
 
     def poll(self, timeout: float) -> list[Event]:
         return self._runner.run(self._wait(timeout))
@@ -75,6 +78,16 @@ class HttpTarget:
         task = self._tasks.pop(index, None)
         if task is not None:
             task.cancel()
+
+    def usage(self) -> Usage | None:
+        return None  # what a server holds is its own affair
+
+    def wake_on(self, descriptor: int) -> None:
+        """Let `poll` return as soon as this file can be read."""
+        self._runner.get_loop().add_reader(descriptor, self._arrived.set)
+
+    def sleep_on(self, descriptor: int) -> None:
+        self._runner.get_loop().remove_reader(descriptor)
 
     def reset_stats(self) -> None:
         self._prompt_tokens = self._cached_tokens = 0
@@ -105,8 +118,9 @@ class HttpTarget:
         self._events.append(event)
         self._arrived.set()
 
-    async def _answer(self, request: BenchRequest) -> None:
+    async def _answer(self, request: BenchRequest, asked: float) -> None:
         """One request from sending to its end, which is always reported, unless it is cancelled."""
+        lag = time.perf_counter() - asked
         error, counts = None, None
         try:
             counts = await self._stream(request)
@@ -120,7 +134,7 @@ class HttpTarget:
             error = "the stream does not follow the API"
         self._tasks.pop(request.index, None)
         now = time.perf_counter()
-        self._report(Event(request.index, now, finished=True, error=error, counts=counts))
+        self._report(Event(request.index, now, finished=True, error=error, counts=counts, lag=lag))
 
     async def _stream(self, request: BenchRequest) -> tuple[int, int]:
         """Report tokens as they arrive; returns how many tokens prompt and answer had."""

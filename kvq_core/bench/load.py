@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from kvq_core.bench.target import BenchRequest, Event, Target
+from kvq_core.bench.timeline import Timeline
 from kvq_core.bench.trace import RequestTrace
 from kvq_core.errors import KvqError, UsageError
 
@@ -21,6 +23,35 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """Requests per second from the first request to the last, linear or exponential in their number."""
+
+    shape: str
+    start: float
+    end: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Ramp":
+        """`linear:1..10` or `exponential:1..64`."""
+        match = re.fullmatch(r"(linear|exponential):(\d*\.?\d+)\.\.(\d*\.?\d+)", text)
+        if not match or not (float(match[2]) and float(match[3])):
+            raise UsageError(
+                f"`{text}` is no --ramp-up",
+                "linear or exponential, and two rates above 0, as in `--ramp-up linear:1..10`",
+            )
+        return cls(match[1], float(match[2]), float(match[3]))
+
+    def rates(self, count: int) -> list[float]:
+        shares = [i / max(1, count - 1) for i in range(count)]
+        if self.shape == "linear":
+            return [self.start + (self.end - self.start) * share for share in shares]
+        return [self.start * (self.end / self.start) ** share for share in shares]
+
+    def __str__(self) -> str:
+        return f"{self.shape}:{self.start:g}..{self.end:g}"
+
+
+@dataclass(frozen=True)
 class Load:
     """How requests are sent: the next one as soon as one ends or, with a rate, each when it is due."""
 
@@ -28,6 +59,10 @@ class Load:
     """Most requests in flight; None: no cap, which needs a rate."""
     request_rate: float | None = None
     """Requests per second; None: a closed loop."""
+    ramp: "Ramp | None" = None
+    """A rate that changes from the first request to the last, instead of a constant one."""
+    trace_speed: float | None = None
+    """Replay the arrivals of a trace, this many times as fast."""
     burstiness: float = 1.0
     """Shape of the gamma distribution of intervals: 1 is a Poisson process, less is burstier."""
     duration: float | None = None
@@ -41,25 +76,41 @@ class Load:
             raise UsageError(f"--request-rate must be above 0, got {self.request_rate:g}")
         if not 0 < self.burstiness < math.inf:
             raise UsageError(f"--burstiness must be above 0, got {self.burstiness:g}", "1 is Poisson")
-        if self.request_rate is None and self.burstiness != 1:
+        if self.request_rate is None and self.ramp is None and self.burstiness != 1:
             raise UsageError("--burstiness needs --request-rate", "without a rate nothing arrives by itself")
+        if sum(how is not None for how in (self.request_rate, self.ramp, self.trace_speed)) > 1:
+            raise UsageError(
+                "--request-rate, --ramp-up and a trace are one or the other", "each says when requests arrive"
+            )
+        if self.trace_speed is not None and not 0 < self.trace_speed < math.inf:
+            raise UsageError(f"--trace-speed must be above 0, got {self.trace_speed:g}")
         if self.duration is not None and not 0 < self.duration < math.inf:
             raise UsageError(f"--duration must be above 0 seconds, got {self.duration:g}")
         if not 0 <= self.cancel_rate < 1:
             raise UsageError(f"--cancel-rate must lie in [0, 1), got {self.cancel_rate:g}")
-        assert self.concurrency or self.request_rate, "a closed loop needs a concurrency"
+        assert self.concurrency or self.is_open, "a closed loop needs a concurrency"
 
-    def due_times(self, count: int) -> list[float]:
+    @property
+    def is_open(self) -> bool:
+        """Whether requests arrive by themselves."""
+        return any(how is not None for how in (self.request_rate, self.ramp, self.trace_speed))
+
+    def due_times(self, requests: Sequence[BenchRequest]) -> list[float]:
         """Seconds from the start at which requests are due; -inf in a closed loop, where only room counts.
 
-        Intervals are drawn, then scaled so that the last request is due at count / rate, as
-        `vllm bench serve` does: runs at the same rate carry the same load.
+        Intervals are drawn, then scaled so that the last request is due at count / rate, or, on a ramp, at
+        the sum of 1 / rate, as `vllm bench serve` does: runs at the same rate carry the same load.
         """
-        if self.request_rate is None:
+        count = len(requests)
+        if self.trace_speed is not None:
+            return [(request.arrival or 0.0) / self.trace_speed for request in requests]
+        if not self.is_open or not count:
             return [-math.inf] * count
+        rates = self.ramp.rates(count) if self.ramp else [self.request_rate or 0.0] * count
         generator = random.Random(f"arrivals {self.seed}")
-        times = list(accumulate(generator.gammavariate(self.burstiness, 1.0) for _ in range(count)))
-        return [time * count / self.request_rate / times[-1] for time in times]
+        times = list(accumulate(generator.gammavariate(self.burstiness, 1.0) / rate for rate in rates))
+        scale = sum(1 / rate for rate in rates) / times[-1]
+        return [time * scale for time in times]
 
     def cancellations(self, requests: Sequence[BenchRequest]) -> dict[int, int]:
         """Request -> tokens after which it is cancelled: at least one, and fewer than it asks for."""
@@ -73,6 +124,10 @@ class Load:
         description: dict[str, Any] = {"loop": "closed", "concurrency": self.concurrency}
         if self.request_rate is not None:
             description |= {"loop": "open", "request_rate": self.request_rate, "burstiness": self.burstiness}
+        if self.ramp is not None:
+            description |= {"loop": "open", "ramp_up": str(self.ramp), "burstiness": self.burstiness}
+        if self.trace_speed is not None:
+            description |= {"loop": "open", "trace_speed": self.trace_speed}
         if self.duration is not None:
             description["duration_limit_s"] = self.duration
         if self.cancel_rate:
@@ -93,6 +148,7 @@ class LoadResult:
     """Requests that were not sent, or not answered, because the loop ended early."""
     unsent: int = 0
     """Requests that were left when the load's duration was over."""
+    timeline: Timeline = field(default_factory=lambda: Timeline(0.0))
 
     @property
     def complete(self) -> bool:
@@ -129,8 +185,9 @@ def run_load(
     traces: dict[int, RequestTrace] = {}
     running: set[int] = set()
     result = LoadResult(start=clock())
+    result.timeline = timeline = Timeline(result.start)
     last = result.start
-    waiting = deque(zip(load.due_times(len(requests)), requests, strict=True))
+    waiting = deque(zip(load.due_times(requests), requests, strict=True))
     free = deque([-math.inf] * min(load.concurrency or len(requests), len(requests)))
     """For every request that may still be sent: since when."""
     cancel_after = load.cancellations(requests)
@@ -154,6 +211,8 @@ def run_load(
                     free.append(trace.ended)
             if not waiting and not running:
                 break
+            if timeline.is_due(now := clock()):
+                timeline.add(now, len(running), target.usage())
             until_due = result.start + waiting[0][0] - clock() if waiting and free else math.inf
             events = [
                 event
@@ -215,6 +274,7 @@ def _send(target: Target, request: BenchRequest, trace: RequestTrace, clock: Cal
 def _record(trace: RequestTrace, event: Event) -> None:
     if event.tokens:
         trace.arrivals.append((event.time, event.tokens))
+    trace.lag += event.lag
     if event.counts is not None:
         trace.input_len, trace.counted = event.counts
     if event.error is not None:

@@ -31,18 +31,18 @@ DEFINITIONS = {
 Metrics = dict[str, float | int | None]
 
 
-def parse_limits(texts: Iterable[str]) -> dict[str, float]:
+def parse_limits(texts: Iterable[str], flag: str = "--goodput") -> dict[str, float]:
     """Milliseconds by latency from `ttft:500 tpot:50`, in one text or several."""
     limits: dict[str, float] = {}
     for item in " ".join(texts).replace(",", " ").split():
         match = re.fullmatch(r"(\w+):(\d*\.?\d+)", item)
         if not match or match[1] not in LIMITED or float(match[2]) == 0:
             raise UsageError(
-                f"`{item}` is no limit of --goodput",
-                f"NAME:MILLISECONDS with a name of {', '.join(LIMITED)}, as in `--goodput ttft:500 tpot:50`",
+                f"`{item}` is no limit of {flag}",
+                f"NAME:MILLISECONDS with a name of {', '.join(LIMITED)}, as in `{flag} ttft:500 tpot:50`",
             )
         if match[1] in limits:
-            raise UsageError(f"--goodput limits {match[1]} twice")
+            raise UsageError(f"{flag} limits {match[1]} twice")
         limits[match[1]] = float(match[2])
     return limits
 
@@ -56,13 +56,7 @@ def summarize(
     by latency) there is a goodput.
     """
     good = [trace for trace in traces if trace.succeeded]
-    tpots = (trace.tpot for trace in good)
-    samples = {
-        "ttft": [trace.ttft for trace in good],
-        "tpot": [tpot for tpot in tpots if tpot is not None],
-        "itl": [gap for trace in good for gap in trace.itl],
-        "e2el": [trace.e2el for trace in good],
-    }
+    samples = _samples(traces)
     input_tokens = sum(trace.input_len for trace in good)
     output_tokens = sum(trace.tokens for trace in good)
     metrics: Metrics = {
@@ -83,6 +77,28 @@ def summarize(
     for name in LATENCIES:
         metrics |= distribution(name, samples[name])
     return metrics
+
+
+def quantiles(traces: Sequence[RequestTrace]) -> dict[str, list[float]]:
+    """The distribution of each latency: its percentiles 0, 1 … 100 in ms; none where no request has it."""
+    found: dict[str, list[float]] = {}
+    for name, seconds in _samples(traces).items():
+        values = sorted(value * 1e3 for value in seconds)
+        if values:
+            found[name] = [round(percentile(values, p) or 0.0, 3) for p in range(101)]
+    return found
+
+
+def _samples(traces: Sequence[RequestTrace]) -> dict[str, list[float]]:
+    """Seconds of each latency, of the requests that succeeded."""
+    good = [trace for trace in traces if trace.succeeded]
+    tpots = (trace.tpot for trace in good)
+    return {
+        "ttft": [trace.ttft for trace in good],
+        "tpot": [tpot for tpot in tpots if tpot is not None],
+        "itl": [gap for trace in good for gap in trace.itl],
+        "e2el": [trace.e2el for trace in good],
+    }
 
 
 def _meets(trace: RequestTrace, limits: Mapping[str, float]) -> bool:

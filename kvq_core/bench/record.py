@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from kvq_core.errors import KvqError
 
 SCHEMA_VERSION = 1
-PARTS = ("policy", "model", "env", "engine", "workload", "kv")
+PARTS = ("policy", "model", "env", "engine", "workload", "kv", "quantiles", "timeline")
 REQUIRED = (
     "label",
     "complete",
@@ -26,6 +27,10 @@ REQUIRED = (
     "completed",
     "failed",
 )
+
+
+_NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")
+"""A list of numbers over many lines, which is written on one; no string of JSON holds a line break."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,13 @@ class RunRecord:
     intervals: dict[str, float] = field(default_factory=dict)
     """For the mean of several runs, figure -> half its 95% interval. No run by itself has any."""
 
+    quantiles: dict[str, list[float]] = field(default_factory=dict)
+    """Latency -> its percentiles 0 to 100, ms."""
+    timeline: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns of samples over the run, as `Timeline.describe` has them."""
+    part: int | None = None
+    """Which invocation measured it, from 2, where a sweep was resumed."""
+
     @property
     def name(self) -> str:
         """The label with LMDeploy's number in front, where the policy has one: `42 turbo`."""
@@ -65,6 +77,18 @@ class RunRecord:
     @property
     def concurrency(self) -> int | None:
         return self.workload.get("concurrency")
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of a prompt, where all were asked to have the same."""
+        return self.workload.get("input_len")
+
+    @property
+    def scheme(self) -> tuple[Any, ...]:
+        """What tells policies apart, whatever they are called: key and value codec, sink, recent, layers."""
+        policy = self.policy
+        window = policy.get("sink") or 0, policy.get("recent") or 0
+        return policy.get("key"), policy.get("value"), *window, *(policy.get("layers") or ())
 
     @property
     def is_remote(self) -> bool:
@@ -94,7 +118,14 @@ class RunRecord:
             **self.metrics,
             "errors": self.errors,
         }
-        extra = {"note": self.note, "generator_bound": self.generator_bound, "repeat": self.repeat}
+        extra = {
+            "note": self.note,
+            "generator_bound": self.generator_bound,
+            "repeat": self.repeat,
+            "part": self.part,
+            "quantiles": self.quantiles,
+            "timeline": self.timeline,
+        }
         return document | {key: value for key, value in extra.items() if value}
 
     @classmethod
@@ -123,12 +154,13 @@ class RunRecord:
             metrics={
                 key: value
                 for key, value in document.items()
-                if key not in ("schema_version", "repeat") and _is_figure(value)
+                if key not in ("schema_version", "repeat", "part") and _is_figure(value)
             },
             errors=document.get("errors", {}),
             note=document.get("note"),
             generator_bound=bool(document.get("generator_bound")),
             repeat=document.get("repeat"),
+            part=document.get("part"),
             **{key: document.get(key, {}) for key in PARTS},
         )
 
@@ -200,17 +232,40 @@ def requests_path(path: Path) -> Path:
     return path.with_name((path.stem if path.suffix == ".json" else path.name) + ".requests.jsonl")
 
 
-def check_output(path: Path) -> None:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of the requests of the records in `path`; none where there is no such file."""
+    try:
+        lines = requests_path(path).read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise KvqError(
+            f"cannot read {requests_path(path)}: {error}", "remove it, or choose another --output"
+        ) from error
+
+
+def check_output(path: Path, flag: str = "--output") -> None:
     """Make sure, before anything is measured, that `path` can be written; creates its folder."""
     if path.is_dir():
-        raise KvqError(f"{path} is a folder", "--output takes the name of a file")
+        raise KvqError(f"{path} is a folder", f"{flag} takes the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except OSError as error:
         raise KvqError(
-            f"cannot write {path}: {error.strerror or error}", "choose another place for --output"
+            f"cannot write {path}: {error.strerror or error}", f"choose another place for {flag}"
+        ) from error
+
+
+def write_text(path: Path, text: str, flag: str) -> None:
+    """Write a file in one stroke; `KvqError` naming `flag` where that can't be done."""
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        raise KvqError(
+            f"cannot write {path}: {error.strerror or error}", f"choose another place for {flag}"
         ) from error
 
 
@@ -223,11 +278,13 @@ def write_records(
     goes to the folder for temporary files, or else to stdout, and the error says where.
     """
     text = json.dumps(documents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = _NUMBERS.sub(lambda match: " ".join(match[0].split()), text)
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     try:
-        write_atomic(path, text)
+        # Rows first: a record that is there is there with its requests, whatever happens in between.
         if rows:
             write_atomic(requests_path(path), lines)
+        write_atomic(path, text)
     except OSError as error:
         kept = f"what was measured is {_rescue(path.name, text)}; " if rescue else ""
         raise KvqError(

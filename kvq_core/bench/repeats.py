@@ -78,6 +78,11 @@ def average(runs: Sequence[RunRecord]) -> RunRecord:
         errors=errors,
         generator_bound=any(run.generator_bound for run in runs),
         repeat=None,
+        quantiles={
+            key: [fmean(values) for values in zip(*(run.quantiles[key] for run in runs), strict=True)]
+            for key in first.quantiles
+            if all(len(run.quantiles.get(key, ())) == len(first.quantiles[key]) for run in runs)
+        },
     )
 
 

@@ -1,6 +1,6 @@
 """Tables of run records, as data: a terminal, Markdown, CSV and JSON are views of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,10 @@ SPEED = (
 GOODPUT = Figure("request_goodput", "goodput", "/s")
 MEMORY = ["KV\nB/token", "effective\nbits", "capacity\ntokens", "peak\ntokens", "pre-\nempted", "requests"]
 
+Kl = Callable[[RunRecord], float | None]
+QUEUE = {"mean_running": "running\non average", "mean_waiting": "waiting\non average"}
+"""Requests inside the engine: what runs, and what waits for room, preempted ones among them."""
+
 
 def number(value: float | None, digits: int = 4) -> str:
     """About `digits` significant digits, whole numbers in full with thousands separated: 9.304, 2,368."""
@@ -74,17 +78,30 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{max(0, digits - whole)}f}"
 
 
-def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Speed and memory, a row a record, every figure with its change against the baseline."""
+def comparison_tables(comparison: Comparison, kl: Kl | None = None) -> list[Table]:
+    """Speed and memory, a row a record, every figure with its change against the baseline.
+
+    `kl` gives a record's quality, nats per token, where it was measured.
+    """
     figures = speed_figures(comparison.records)
     speed, memory = [], []
-    for i, record in enumerate(comparison.records):
+    queued = any((record.get("mean_waiting") or 0) > 0 for record in comparison.records)
+    for i in comparison.order:
+        record = comparison.records[i]
         name = Cell(comparison.names[i] + ("" if record.complete else " (incomplete)"))
-        speed.append([name, *(_cell(comparison, i, figure) for figure in figures)])
-        memory.append([name, *_memory_cells(record)])
+        quality = [] if kl is None else [Cell(number(kl(record)))]
+        speed.append([name, *(_cell(comparison, i, figure) for figure in figures), *quality])
+        queue = [Cell(number(record.get(key))) for key in QUEUE]
+        memory.append([name, *_memory_cells(record), *(queue if queued else [])])
     return [
-        Table("speed (latencies are means)", ["policy", *map(_heading, figures)], speed),
-        Table("memory (x: against 16 bits a number)", ["policy", *MEMORY], memory),
+        Table(
+            "speed (latencies are means)", ["policy", *map(_heading, figures), *(["KL"] if kl else [])], speed
+        ),
+        Table(
+            "memory (x: against 16 bits a number)",
+            ["policy", *MEMORY, *(QUEUE.values() if queued else [])],
+            memory,
+        ),
     ]
 
 
@@ -149,13 +166,22 @@ def conditions(record: RunRecord) -> str:
         text += f" of {work['mean_input_len']:.0f} + {work['mean_output_len']:.0f} tokens on average"
     if work.get("output_len_cap"):
         text += f", answers cut to {work['output_len_cap']}"
+    if work.get("prefix_len"):
+        count = work["num_prefixes"]
+        text += f", {count} shared beginning{'s' * (count > 1)} of {work['prefix_len']:,}"
+    if work.get("ramp_up"):
+        shape, _, rates = str(work["ramp_up"]).partition(":")
+        text += f", arriving {rates.replace('..', ' to ')} times a second ({shape} ramp)"
+    if work.get("trace_speed"):
+        speed = "" if work["trace_speed"] == 1 else f", {work['trace_speed']:g} times as fast"
+        text += f", arriving as in the trace{speed}"
     if work.get("request_rate"):
         text += f", {number(work['request_rate'])} requests per second asked for"
         text += f", {number(record.get('achieved_request_rate'))} sent"
         if work.get("burstiness", 1) != 1:
             text += f", burstiness {work['burstiness']:g}"
     if record.concurrency:
-        text += f", {'at most ' * bool(work.get('request_rate'))}{record.concurrency} at a time"
+        text += f", {'at most ' * (work.get('loop') == 'open')}{record.concurrency} at a time"
     if work.get("duration_limit_s"):
         text += f", none sent after {work['duration_limit_s']:g} s"
     if work.get("cancel_rate"):
@@ -168,10 +194,15 @@ def conditions(record: RunRecord) -> str:
     return text
 
 
+def is_on_cpu(records: Sequence[RunRecord]) -> bool:
+    """Whether any of them was measured on a CPU by an engine of our own."""
+    return any(record.env.get("gpu") is None and not record.is_remote for record in records)
+
+
 def notes(records: Sequence[RunRecord]) -> list[str]:
     """What was measured, and whose speeds these are."""
     lines = list(dict.fromkeys(conditions(record) for record in records))
-    if any(record.env.get("gpu") is None and not record.is_remote for record in records):
+    if is_on_cpu(records):
         lines.append(REFERENCE_NOTE)
     return lines + list(dict.fromkeys(record.note for record in records if record.note))
 
@@ -181,6 +212,8 @@ def comparison_notes(comparison: Comparison) -> list[str]:
         comparison.names[i] for i in range(len(comparison.records)) if comparison.is_baseline(i)
     )
     lines = [f"changes are against {', '.join(baselines)}"]
+    if comparison.resumed:
+        lines.append(comparison.resumed)
     counts = {len(usable(runs)) for runs in comparison.runs}
     if max(counts) > 1:
         lines.append(
@@ -223,9 +256,9 @@ def run_tables(record: RunRecord) -> list[Table]:
     ]
 
 
-def markdown(comparison: Comparison, advice: Sequence[str] = ()) -> str:
+def markdown(comparison: Comparison, advice: Sequence[str] = (), kl: Kl | None = None) -> str:
     """One Markdown table, a row a record, and the notes, advice and warnings under it."""
-    speed, memory = comparison_tables(comparison)
+    speed, memory = comparison_tables(comparison, kl)
     columns = [
         heading.replace("pre-\n", "pre").replace("\n", " ") for heading in speed.columns + memory.columns[1:]
     ]

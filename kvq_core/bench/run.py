@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvq_core.bench.load import Load, LoadResult, Progress, run_load
-from kvq_core.bench.metrics import percentile, summarize
+from kvq_core.bench.metrics import percentile, quantiles, summarize
 from kvq_core.bench.record import RunRecord
 from kvq_core.bench.target import BenchRequest, Target
 from kvq_core.bench.workload import Workload
@@ -55,7 +55,8 @@ def measure(
     info = target.info()
     metrics = summarize(result.traces, result.duration, limits)
     metrics |= {"unfinished": result.unfinished, "unsent": result.unsent}
-    if load.request_rate is not None:
+    metrics |= result.timeline.means()
+    if load.is_open:
         metrics["achieved_request_rate"] = result.request_rate
     generator_bound = False
     if not info.in_process:
@@ -73,14 +74,21 @@ def measure(
         model=_without_folder(info.model),
         env=env,
         engine=dict(info.engine),
-        workload=workload.describe() | load.describe() | ({"goodput": dict(limits)} if limits else {}),
+        workload=describe_work(workload, load, limits),
         kv=kv,
         metrics=metrics,
         errors=_errors(result),
         note=note,
         generator_bound=generator_bound,
+        quantiles=quantiles(result.traces),
+        timeline=result.timeline.describe(),
     )
     return Measurement(record, [trace.row(result.start) for trace in result.traces], result)
+
+
+def describe_work(workload: Workload, load: Load, limits: Mapping[str, float] | None) -> dict[str, Any]:
+    """The `workload` of a run record: equal for runs that did the same under the same load."""
+    return workload.describe() | load.describe() | ({"goodput": dict(limits)} if limits else {})
 
 
 def _warm_up(

@@ -18,6 +18,8 @@ class BenchRequest:
     """Tokens of the prompt."""
     output_len: int
     """Tokens to generate; end-of-sequence is ignored, so that every policy does the same work."""
+    arrival: float | None = None
+    """In a trace, seconds from its start at which the request arrives."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Event:
     error: str | None = None
     counts: tuple[int, int] | None = None
     """At the end, tokens of prompt and answer, where `tokens` were but chunks of a stream."""
+    lag: float = 0.0
+    """At the end, seconds that the target's client itself was late in sending the request."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,18 @@ class TargetInfo:
     engine: dict[str, Any] = field(default_factory=dict)
     in_process: bool = True
     """Whether `poll` does the target's work; then it is no fault of the load generator that sends wait."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a target holds at one moment."""
+
+    kv_tokens: int
+    """Tokens in the cache."""
+    running: int
+    """Requests that it works on."""
+    waiting: int
+    """Requests that it has and does not work on, preempted ones among them."""
 
 
 class Target(Protocol):
@@ -57,6 +73,10 @@ class Target(Protocol):
         ...
 
     def cancel(self, index: int) -> None: ...
+
+    def usage(self) -> Usage | None:
+        """What it holds now; None where that is not known. Called often, so it must be quick."""
+        ...
 
     def reset_stats(self) -> None:
         """Forget peaks and counters; called when the measured window starts."""

@@ -6,13 +6,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from kvq_core.bench.record import parse_json, read_bytes
 from kvq_core.bench.target import BenchRequest
 from kvq_core.errors import KvqError, UsageError
 
-NAMES = ("sharegpt", "lengths", "fixed", "random")
+if TYPE_CHECKING:
+    from kvq_core.bench.jsonl import Entry
+
+NAMES = ("sharegpt", "lengths", "fixed", "random", "prefix", "jsonl", "trace")
+FILES = {
+    "lengths": "a JSON file with a list of [input tokens, output tokens] pairs",
+    "jsonl": "a file with a request a line: prompt, output_length",
+    "trace": "a file with a request a line: timestamp in ms, input_length or prompt, output_length",
+}
+"""Datasets that are files of the user's, and what is in them."""
 WARMUP_TOKENS = 8
 """Warm-up requests stop after this many tokens."""
 
@@ -34,10 +43,14 @@ class WorkloadSpec:
     num_warmup: int = 64
     seed: int = 0
     input_len: int = 512
-    """Tokens of a prompt (fixed), or their mean (random)."""
+    """Tokens of a prompt (fixed), their mean (random), or those after the prefix (prefix)."""
     output_len: int = 128
     range_ratio: float = 0.5
     """random: lengths are uniform in mean · (1 ± range_ratio)."""
+    prefix_len: int = 512
+    """prefix: tokens with which prompts begin, and which they share."""
+    num_prefixes: int = 1
+    """prefix: how many different beginnings there are."""
     max_output_len: int | None = None
     """Answers are cut to this many tokens."""
     warmup_input_len: int | None = None
@@ -46,7 +59,14 @@ class WorkloadSpec:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise UsageError(f"unknown --dataset-name `{self.name}`", f"use one of {', '.join(NAMES)}")
-        for name in ("num_prompts", "input_len", "output_len", "max_output_len"):
+        for name in (
+            "num_prompts",
+            "input_len",
+            "output_len",
+            "max_output_len",
+            "prefix_len",
+            "num_prefixes",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -54,16 +74,18 @@ class WorkloadSpec:
             raise UsageError(f"--warmup must not be negative, got {self.num_warmup}")
         if not 0 <= self.range_ratio < 1:
             raise UsageError(f"--range-ratio must lie in [0, 1), got {self.range_ratio}")
-        if self.path is None and self.name == "lengths":
-            raise UsageError(
-                "--dataset-name lengths needs --dataset-path",
-                "a JSON file with a list of [input tokens, output tokens] pairs",
-            )
-        if self.path is not None and self.name in ("fixed", "random"):
+        if self.path is None and self.name in FILES:
+            raise UsageError(f"--dataset-name {self.name} needs --dataset-path", FILES[self.name])
+        if self.path is not None and self.name in ("fixed", "random", "prefix"):
             raise UsageError(
                 f"--dataset-name {self.name} takes no --dataset-path",
                 "its lengths are --input-len, --output-len",
             )
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether it replays text, or may."""
+        return self.name in ("sharegpt", "jsonl")
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,8 @@ class Dataset:
     """Prompts and answers, or their lengths."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Why how many entries were left out."""
+    entries: "list[Entry]" = field(default_factory=list)
+    """The lines of a JSONL file."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +115,9 @@ class Workload:
     sha256: str | None = None
     """Checksum of the file."""
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def with_settings(self, **settings: Any) -> "Workload":
+        return replace(self, settings=self.settings | settings)
 
     def describe(self) -> dict[str, Any]:
         inputs = [request.input_len for request in self.requests]
@@ -119,7 +146,13 @@ def read_dataset(spec: WorkloadSpec) -> Dataset | None:
         from kvq_core.bench.sharegpt import read_sharegpt
 
         return read_sharegpt(spec.path)
-    return read_lengths(Path(spec.path)) if spec.path is not None else None
+    if spec.path is None:
+        return None
+    if spec.name in ("jsonl", "trace"):
+        from kvq_core.bench.jsonl import read_entries
+
+        return read_entries(Path(spec.path), spec.name)
+    return read_lengths(Path(spec.path))
 
 
 def make_workload(
@@ -145,6 +178,12 @@ def make_workload(
                 "`--dataset-name lengths`, `fixed` or `random` make token ids instead",
             )
         return replay_sharegpt(spec, dataset, tokenizer, max_len=max_len)
+    if spec.name in ("jsonl", "trace", "prefix"):
+        from kvq_core.bench.jsonl import make_prefixed, replay_entries
+
+        if dataset is None:
+            return make_prefixed(spec, vocab_size, max_len=max_len)
+        return replay_entries(spec, dataset, tokenizer=tokenizer, vocab_size=vocab_size, max_len=max_len)
     if dataset is not None:
         return replay_lengths(spec, dataset, vocab_size, max_len=max_len)
     return make_lengths(spec, vocab_size, max_len=max_len)
@@ -216,7 +255,9 @@ def requests_sha256(requests: Sequence[BenchRequest]) -> str:
     """Checksum of prompts and output lengths: equal for runs that did the same work."""
     digest = hashlib.sha256()
     for request in requests:
-        digest.update(repr((request.prompt, request.output_len)).encode("utf-8", "surrogatepass"))
+        work: tuple[Any, ...] = (request.prompt, request.output_len)
+        work += (request.arrival,) * (request.arrival is not None)
+        digest.update(repr(work).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ from kvq_cli import console
 from kvq_cli.app import main
 from kvq_core.bench.metrics import summarize
 from kvq_core.bench.record import RunRecord
-from kvq_core.bench.target import BenchRequest, Event, TargetInfo
+from kvq_core.bench.target import BenchRequest, Event, TargetInfo, Usage
 from kvq_core.bench.trace import RequestTrace
 from kvq_core.errors import KvqError
 
@@ -83,6 +83,9 @@ class ScriptedTarget:
 
     def cancel(self, index: int) -> None:
         self.cancelled.append(index)
+
+    def usage(self) -> Usage:
+        return Usage(7 * self.polls, len({event.index for event in self.pending}), 0)
 
     def reset_stats(self) -> None:
         self.resets.append(self.now)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kvq_core.bench.advice import advise, quality_warnings, read_quality
+from kvq_core.bench.advice import Limits, advise, quality_warnings, read_quality
 from kvq_core.bench.compare import compare_records
 from kvq_core.errors import KvqError
 
@@ -39,7 +39,7 @@ def quality(bench, write_json):
 
 
 def test_equal_speed_is_decided_by_memory(runs, quality):
-    advice = advise(compare_records(runs), quality(**KL), 0.02)
+    advice = advise(compare_records(runs), quality(**KL), Limits(0.02))
     assert advice[0] == (
         "recommended: 8 int8, as quick as any with 2.475 output tok/s, and holding most tokens, "
         "within KL 0.02 (its own: 0.0003); ruled out: 4 int4 (KL 0.1), 42 turbo (KL 0.171)"
@@ -48,14 +48,14 @@ def test_equal_speed_is_decided_by_memory(runs, quality):
 
 def test_speed_comes_first(bench, runs, quality):
     faster = [*runs[:2], run(bench, "int4", 4, 1.5, 3760)]
-    assert advise(compare_records(faster), quality(**KL), 0.2)[0].startswith(
+    assert advise(compare_records(faster), quality(**KL), Limits(0.2))[0].startswith(
         "recommended: 4 int4, the quickest with 3.750 output tok/s within KL 0.2 (its own: 0.1)"
     )
-    assert "recommended: 8 int8" in advise(compare_records(faster), quality(**KL), 0.05)[0]
+    assert "recommended: 8 int8" in advise(compare_records(faster), quality(**KL), Limits(0.05))[0]
 
 
 def test_unquantized_needs_no_measurement_and_others_do(runs, quality):
-    (line, *_) = advise(compare_records(runs), quality(int4=0.1), 0.0)
+    (line, *_) = advise(compare_records(runs), quality(int4=0.1), Limits(0.0))
     assert (
         line.startswith("recommended: 0 none, the quickest")
         and "8 int8 (its quality was not measured)" in line
@@ -63,7 +63,7 @@ def test_unquantized_needs_no_measurement_and_others_do(runs, quality):
 
 
 def test_nothing_within_the_limit(runs, quality):
-    (line, *_) = advise(compare_records(runs[2:]), quality(**KL), 0.02)
+    (line, *_) = advise(compare_records(runs[2:]), quality(**KL), Limits(0.02))
     assert (
         line == "recommended: none of these within KL 0.02; ruled out: 4 int4 (KL 0.1), 42 turbo (KL 0.171)"
     )
@@ -74,7 +74,7 @@ def test_windows_tell_policies_apart(bench, runs, quality):
     turbo.policy["recent"] = 128
     assert (
         "42 turbo (its quality was not measured)"
-        in advise(compare_records([runs[0], turbo]), quality(**KL), 1.0)[0]
+        in advise(compare_records([runs[0], turbo]), quality(**KL), Limits(1.0))[0]
     )
 
 
@@ -83,26 +83,26 @@ def test_goodput_decides_where_it_was_asked_for(bench, runs, quality):
     good[0].metrics["request_goodput"], good[1].metrics["request_goodput"] = 0.5, 0.1
     assert (
         "0 none, the quickest with 0.500 good requests/s"
-        in advise(compare_records(good), quality(**KL), 1)[0]
+        in advise(compare_records(good), quality(**KL), Limits(1))[0]
     )
 
 
 def test_on_a_cpu_memory_alone_decides_and_nothing_breaks_even(bench, quality):
     cpu = [run(bench, n, i, s, c, env={}) for n, i, s, c in (("none", 0, 9.0, 10), ("int8", 8, 1.0, 1940))]
-    (line,) = advise(compare_records(cpu), quality(**KL), 1)
+    (line,) = advise(compare_records(cpu), quality(**KL), Limits(1))
     assert "recommended: 8 int8, which holds most tokens, 1,940 (speeds on a CPU say nothing" in line
 
 
 def test_break_even_by_hand(bench, runs, quality):
     # int4 gives 0.9 of the tokens: from 1000 / 0.9 tokens in flight, 11.11 requests of 100, it gives more.
-    _, int8, int4, turbo = advise(compare_records(runs), quality(**KL), 1)
+    _, int8, int4, turbo = advise(compare_records(runs), quality(**KL), Limits(1))
     assert "8 int8 is -1.0%" in int8
     assert int4 == (
         "break-even: 4 int4 is -10.0% at this load; where more requests want to run than fit, it pays from "
         "about 11.11 requests of 100 tokens at a time (fit: 10 without it, 37.60 with it; an estimate)"
     )
     assert turbo.endswith("its memory does not make up for that")
-    _, line = advise(compare_records([runs[3], runs[0]]), quality(**KL), 1)
+    _, line = advise(compare_records([runs[3], runs[0]]), quality(**KL), Limits(1))
     assert line == "break-even: 0 none pays at this load already, +100.0% output tok/s"
 
 
@@ -112,7 +112,7 @@ def test_every_load_has_its_recommendation(bench, quality):
         for c in (1, 8)
         for name, i, speed in (("none", 0, 1.0), ("int8", 8, 2.0 if c == 8 else 0.5))
     ]
-    first, second, *_ = advise(compare_records(grid), quality(**KL), 1)
+    first, second, *_ = advise(compare_records(grid), quality(**KL), Limits(1))
     assert "0 none c1" in first and "8 int8 c8" in second
 
 
@@ -141,6 +141,31 @@ def test_the_command(kvq, bench, runs, write_json):
     assert "- recommended: 8 int8" in kvq("compare", *flags, "--markdown")[1]
     _, out, err = kvq("compare", *flags, "--json")
     assert len(json.loads(out)) == 4 and "recommended: 8 int8" in err
-    for half in (("--quality", quality), ("--max-kl", 0.02)):
-        code, _, err = kvq("compare", file, *half)
-        assert code == 2 and "--max-kl and --quality go together" in err
+    code, _, err = kvq("compare", file, "--max-kl", 0.02)
+    assert code == 2 and "--max-kl needs --quality" in err
+    code, out, _ = kvq("compare", file, "--quality", quality, "--markdown")
+    header, _, *rows = (line.split(" | ") for line in out.splitlines() if line.startswith("|"))
+    assert [row[header.index("KL")] for row in rows] == ["0", "0.000", "0.100", "0.171"]
+
+
+def test_a_limit_at_p99_rules_out(bench):
+    runs = [run(bench, "none", 0, 1.0, 1000), run(bench, "int4", 4, 2.0, 3000)]  # TTFT 1000 and 500 ms
+    (line, *_) = advise(compare_records(runs), None, Limits(slo={"ttft": 600.0}))
+    assert line == (
+        "recommended: 4 int4, the quickest with 5 output tok/s within p99 TTFT ≤ 600 ms; "
+        "ruled out: 0 none (p99 TTFT 1,000 ms)"
+    )
+    (line, *_) = advise(compare_records(runs), None, Limits(slo={"tpot": 1.0}))
+    assert line.startswith("recommended: none of these within p99 TPOT ≤ 1 ms")
+
+
+def test_the_most_load_within_the_limits(bench):
+    runs = [
+        run(bench, name, number, speed, 1000, concurrency=at)
+        for name, number in (("none", 0), ("int4", 4))
+        for at, speed in ((1, 2.0), (8, 1.0 + 0.1 * number))
+    ]
+    lines = advise(compare_records(runs), None, Limits(slo={"ttft": 900.0}))
+    assert [line for line in lines if line.startswith("most")] == [
+        "most within p99 TTFT ≤ 900 ms: 0 none c1 with 5 output tok/s"
+    ]

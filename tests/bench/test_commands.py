@@ -1,6 +1,7 @@
 """`kvq profile-throughput` and `kvq compare` on an engine that answers at once, without torch."""
 
 import json
+import re
 import sys
 import time
 import types
@@ -14,7 +15,7 @@ import pytest
 from kvq_cli import console
 from kvq_cli.app import main
 from kvq_core.bench import record as record_module
-from kvq_core.bench.target import Event, TargetInfo
+from kvq_core.bench.target import Event, TargetInfo, Usage
 from kvq_core.errors import KvqError
 
 
@@ -46,7 +47,10 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
         geometry = types.SimpleNamespace(layers=(layer,), vocab_size=100, max_model_len=2048)
         device = types.SimpleNamespace(type=fakes.device)
         tokenizer = fakes.tokenizer if options["need_tokenizer"] else None
-        return types.SimpleNamespace(geometry=geometry, device=device, tokenizer=tokenizer, name=name)
+        described = {"name": "fake", "dtype": "float32"}
+        return types.SimpleNamespace(
+            geometry=geometry, device=device, tokenizer=tokenizer, name=name, describe=lambda: described
+        )
 
     class Engine:
         def __init__(self, model: Any, config: Any, progress: Any) -> None:
@@ -69,7 +73,9 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
             p = self.policy
             policy = {"name": p.label, "number": p.number, "key": p.key, "value": p.value, "sink": p.sink}
             return TargetInfo(
-                {"name": "fake", "dtype": "float32"}, policy | {"recent": p.recent}, {"device": "cpu"}
+                {"name": "fake", "dtype": "float32"},
+                policy | {"recent": p.recent},
+                {"device": "cpu", "kv_memory": 1 << 30},
             )
 
         def send(self, request: Any) -> None:
@@ -91,6 +97,12 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
 
         def cancel(self, index: int) -> None:
             pass
+
+        def close(self) -> None:
+            self.running.clear()
+
+        def usage(self) -> Usage:
+            return Usage(10 * len(self.running), len(self.running), 0)
 
         def reset_stats(self) -> None:
             pass
@@ -138,7 +150,7 @@ SMALL = ("--concurrency", 2, "--num-prompts", 3)
 
 def test_profile_with_nothing_else_on_a_cpu(kvq, fakes):
     code, out, err = kvq("profile-throughput", "--policy", 42, "--concurrency", 64)
-    assert code == 0
+    assert code == 0, err
     assert fakes.loads[0]["name"] == "demo" and fakes.loads[0]["need_tokenizer"]
     assert fakes.configs[0].max_num_seqs == 64 and fakes.closed == 1
     assert "on a CPU: 64 requests, answers cut to 64 tokens" in err
@@ -452,8 +464,8 @@ def test_full_disk(kvq, fakes, tmp_path, monkeypatch):
         (("profile-throughput", "--dataset-path", "none.json"), 1, "no file none.json"),
         (("profile-throughput", "--dataset-name", "fixed", "--input-len", "4000"), 1, "exceeds the 2048"),
         (("profile-throughput", "--output", "/proc/x/r.json"), 1, "cannot write"),
-        (("compare",), 2, "takes files of records, or --policies"),
-        (("compare", "a.json", "--policies", "0,4"), 2, "not both"),
+        (("compare",), 2, "takes files of records, --policies or --target"),
+        (("compare", "a.json", "--policies", "0,4"), 2, "one of them"),
         (("compare", "a.json"), 1, "no file a.json"),
         (("compare", "--policies", "0,banana"), 1, "unknown policy 'banana'"),
         (("compare", "--policies", ","), 2, "no policy given"),
@@ -505,3 +517,75 @@ def test_narrow_terminals_get_readable_tables(kvq, fakes, monkeypatch):
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
     assert sum(line.strip().startswith("42 turbo") for line in lines) == 2
+
+
+SWEEP = ("--policies", "0,4", "--sweep", "concurrency=1,3", "context=8,16", "--output-len", 4)
+
+
+def test_a_sweep_starts_each_engine_once(kvq, fakes, tmp_path):
+    file = tmp_path / "s.json"
+    code, out, err = kvq("compare", *SWEEP, "--output", file)
+    assert code == 0, err
+    assert len(fakes.configs) == 2 and {config.max_num_seqs for config in fakes.configs} == {3}
+    records = json.loads(file.read_text())
+    cells = [(r["label"], r["workload"]["input_len"], r["workload"]["concurrency"]) for r in records]
+    assert cells == [(name, n, c) for name in ("none", "int4") for n in (8, 16) for c in (1, 3)]
+    assert {record["workload"]["name"] for record in records} == {"fixed"}
+    assert "4 int4 c3 ctx16" in out and "break-even" in out and "on a CPU: answers cut" in err
+    assert all(len(record["quantiles"]["ttft"]) == 101 for record in records)
+    assert re.search(r'"ttft": \[ ?[\d., ]+\]\n?', file.read_text())  # columns of numbers lie on one line
+
+
+def test_what_goes_wrong_in_a_sweep(kvq, fakes, tmp_path):
+    file = tmp_path / "s.json"
+    file.write_text("[]")
+    for flags, message in (
+        (("--output", file), "exists, and a sweep overwrites nothing"),
+        (("--resume",), "--resume needs --output"),
+        (("--concurrency", 2), "--concurrency is set by --sweep"),
+        (("--input-len", 2), "--input-len is set by --sweep"),
+        (("--dataset-name", "sharegpt"), "--sweep context=… sets the length of prompts"),
+        (("--mode", "fair"), "unknown --mode `fair`"),
+    ):
+        code, _, err = kvq("compare", *SWEEP, *flags)
+        assert code in (1, 2) and message in err and "hint:" in err, err
+    code, _, err = kvq("compare", file, "--resume")
+    assert code == 2 and "--resume goes with --policies" in err
+    assert file.read_text() == "[]"
+
+
+def test_resuming_measures_what_is_missing(kvq, fakes, tmp_path):
+    file = tmp_path / "s.json"
+    assert kvq("compare", *SWEEP, "--output", file, "--resume")[0] == 0  # nothing to resume is no mistake
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps([*whole[:5], whole[6] | {"complete": False}]))
+    code, out, err = kvq("compare", *SWEEP, "--output", file, "--resume")
+    assert code == 0 and "resuming: 5 of 8 cells are measured already, 3 to go" in err
+    assert len(fakes.configs) == 3  # none was measured whole
+    records = json.loads(file.read_text())
+    assert [record.get("part") for record in records] == [None] * 5 + [2] * 3
+    assert "measured in 2 parts" in out
+    other = ("compare", *SWEEP[:-1], 9, "--output", file, "--resume")
+    code, _, err = kvq(*other)
+    assert code == 1 and "is not a cell of this sweep" in err and json.loads(file.read_text()) == records
+
+
+def test_an_equal_batch_must_fit(kvq, fakes):
+    flags = ("compare", *SWEEP[:2], "--dataset-name", "fixed", "--input-len", 2, "--output-len", 1, "-c")
+    code, out, _ = kvq(*flags, 1, "--mode", "equal-batch", "--json")
+    assert code == 0 and {r["workload"]["mode"] for r in json.loads(out)} == {"equal-batch"}
+    code, _, err = kvq(*flags, 2, "--mode", "equal-batch")
+    assert code == 1 and "2 requests of 3 tokens do not fit into 5" in err
+    assert kvq(*flags, 2)[0] == 0
+
+
+def test_a_report_and_a_recommendation_by_slo(kvq, fakes, tmp_path):
+    page = tmp_path / "r.html"
+    code, out, err = kvq("compare", *SWEEP, "--html", page, "--slo", "ttft:60000", "tpot:50")
+    assert code == 0 and f"wrote {page}" in err
+    assert "within p99 TTFT ≤ 60000 ms and p99 TPOT ≤ 50 ms" in out and out.count("recommended: ") == 1
+    assert page.read_text().startswith("<!doctype html>") and "Recommended: " in page.read_text()
+    code, _, err = kvq("compare", *SWEEP, "--html", tmp_path)
+    assert code == 1 and "is a folder" in err and "--html" in err
+    code, _, err = kvq("compare", *SWEEP, "--slo", "ttft")
+    assert code == 2 and "no limit of --slo" in err

@@ -294,8 +294,8 @@ def test_an_open_loop_is_sent_on_time(bench, server):
 @pytest.mark.parametrize("in_process", [True, False])
 def test_a_late_generator_is_marked(bench, lag, bound, in_process):
     class Late(Load):
-        def due_times(self, count):
-            return [0.1 * i for i in range(count)]
+        def due_times(self, requests):
+            return [0.1 * i for i in range(len(requests))]
 
     target = bench.Target(bench.steady(0.001), punctual=True)
     poll = target.poll

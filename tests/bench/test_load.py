@@ -129,8 +129,8 @@ def test_late_events_of_unknown_requests_are_ignored(bench):
 class Timetable(Load):
     """An open loop whose requests are due at 0.0, 0.1, 0.2 … s."""
 
-    def due_times(self, count):
-        return [i / 10 for i in range(count)]
+    def due_times(self, requests):
+        return [i / 10 for i in range(len(requests))]
 
 
 def test_an_open_loop_sends_what_is_due_whatever_is_in_flight(bench):
@@ -169,8 +169,8 @@ def test_a_target_that_holds_up_the_generator_makes_it_lag(bench):
 
 def test_a_quiet_stretch_between_arrivals_is_no_stall(bench):
     class Sparse(Load):
-        def due_times(self, count):
-            return [i * 100.0 for i in range(count)]
+        def due_times(self, requests):
+            return [i * 100.0 for i in range(len(requests))]
 
     target = bench.Target(bench.steady(1.0), punctual=True)
     result = play(target, bench.requests(3), Sparse(request_rate=0.01), stall_timeout=5.0)
@@ -178,15 +178,17 @@ def test_a_quiet_stretch_between_arrivals_is_no_stall(bench):
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
-def test_intervals_have_the_rate_and_the_spread_asked_for(burstiness):
-    times = Load(request_rate=8.0, burstiness=burstiness, seed=3).due_times(20_000)
+def test_intervals_have_the_rate_and_the_spread_asked_for(bench, burstiness):
+    times = Load(request_rate=8.0, burstiness=burstiness, seed=3).due_times(bench.requests(20_000))
     gaps = np.diff([0.0, *times])
     assert times[-1] == pytest.approx(20_000 / 8.0) and min(gaps) >= 0
     assert (gaps.std() / gaps.mean()) ** 2 == pytest.approx(1 / burstiness, rel=0.1)
 
 
-def test_arrivals_follow_the_seed():
-    one, again, other = (Load(request_rate=2.0, seed=seed).due_times(50) for seed in (1, 1, 2))
+def test_arrivals_follow_the_seed(bench):
+    one, again, other = (
+        Load(request_rate=2.0, seed=seed).due_times(bench.requests(50)) for seed in (1, 1, 2)
+    )
     assert one == again != other
 
 

@@ -1,11 +1,12 @@
 """Metrics against values computed by hand, and against numpy's percentiles."""
 
 import math
+import random
 
 import numpy as np
 import pytest
 
-from kvq_core.bench.metrics import DEFINITIONS, LATENCIES, parse_limits, percentile, summarize
+from kvq_core.bench.metrics import DEFINITIONS, LATENCIES, parse_limits, percentile, quantiles, summarize
 from kvq_core.errors import UsageError
 
 
@@ -123,3 +124,43 @@ def test_row_of_a_request(bench):
     }  # fmt: skip
     nothing = bench.trace(10.0, [], error="boom").row(start=9.0)
     assert nothing["status"] == "failed" and nothing["ttft_ms"] is None and nothing["error"] == "boom"
+
+
+def test_the_same_as_vllm_bench_serve_says_of_the_same_timestamps(bench):
+    """`calculate_metrics` of `vllm bench serve`, by its definitions, with numpy, on random streams.
+
+    There an output has latency, ttft and itl, and TPOT is (latency - ttft) / (output tokens - 1).
+    """
+    generator = random.Random(7)
+    traces, outputs = [], []
+    for index in range(60):
+        sent = generator.uniform(0, 5)
+        times = [sent + generator.uniform(0.05, 0.4)]
+        for _ in range(generator.randint(0, 30)):
+            times.append(times[-1] + generator.expovariate(40))
+        failed = index % 9 == 0
+        traces.append(
+            bench.trace(sent, times, index=index, input_len=index + 1, error="no" if failed else None)
+        )
+        if not failed:
+            gaps = np.diff(times)
+            outputs.append((index + 1, len(times), times[0] - sent, times[-1] - sent, gaps))
+    metrics = summarize(traces, 9.0)
+    assert metrics["completed"] == len(outputs) and metrics["failed"] == 60 - len(outputs)
+    assert metrics["request_throughput"] == pytest.approx(len(outputs) / 9.0)
+    assert metrics["output_throughput"] == pytest.approx(sum(n for _, n, *_ in outputs) / 9.0)
+    assert metrics["total_token_throughput"] == pytest.approx(sum(i + n for i, n, *_ in outputs) / 9.0)
+    expected = {
+        "ttft": [ttft for _, _, ttft, _, _ in outputs],
+        "tpot": [(latency - ttft) / (n - 1) for _, n, ttft, latency, _ in outputs if n > 1],
+        "itl": [gap for *_, gaps in outputs for gap in gaps],
+        "e2el": [latency for _, _, _, latency, _ in outputs],
+    }
+    for name, seconds in expected.items():
+        ms = np.array(seconds) * 1e3
+        assert metrics[f"mean_{name}_ms"] == pytest.approx(ms.mean())
+        assert metrics[f"median_{name}_ms"] == pytest.approx(np.median(ms))
+        assert metrics[f"std_{name}_ms"] == pytest.approx(ms.std())
+        for p in (50, 90, 95, 99):
+            assert metrics[f"p{p}_{name}_ms"] == pytest.approx(np.percentile(ms, p))
+        assert quantiles(traces)[name] == pytest.approx(np.percentile(ms, range(101)), abs=1e-3)

@@ -86,4 +86,6 @@ def test_wheel_ships_every_module_and_the_sample(wheel: list[str]) -> None:
     data = [name for name in wheel if not name.endswith(".py") and ".dist-info/" not in name]
     assert "kvq_core/py.typed" in data
     assert any(name.startswith("kvq_core/bench/data/") and name.endswith(".json") for name in data)
-    assert all(name.startswith("kvq_core/bench/data/") or name.endswith("py.typed") for name in data)
+    assert {"kvq_core/bench/assets/report.css", "kvq_core/bench/assets/report.js"} <= set(data)
+    folders = ("kvq_core/bench/data/", "kvq_core/bench/assets/")
+    assert all(name.startswith(folders) or name.endswith("py.typed") for name in data)
