@@ -44,7 +44,7 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
             raise KvqError("cannot find model 'missing'", "use another")
         fakes.loads.append({"name": name, **options})
         layer = types.SimpleNamespace(key_dim=64, value_dim=64)
-        geometry = types.SimpleNamespace(layers=(layer,), vocab_size=100, max_model_len=2048)
+        geometry = types.SimpleNamespace(layers=(layer,), num_layers=1, vocab_size=100, max_model_len=2048)
         device = types.SimpleNamespace(type=fakes.device)
         tokenizer = fakes.tokenizer if options["need_tokenizer"] else None
         described = {"name": "fake", "dtype": "float32"}
