@@ -25,6 +25,7 @@ def test_a_small_soak(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(record.read_text())
+    assert found["env"]["command"].startswith("scripts/soak --clients 12 ")
     assert found["ok"] and all(found["checks"].values()) and len(found["checks"]) == 8
     assert found["completed"] > 20 and found["hung_up"] > 0 and found["wrong"] == 0
     assert found["answers_with_a_cached_prefix"] > 0 and len(found["memory_mib"]) > 5
