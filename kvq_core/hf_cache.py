@@ -177,7 +177,7 @@ class CodecLayer(CacheLayerMixin):
 
         Tokens that had left the window, or the unquantized part, stay out of it unless past was recorded.
         """
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)  # older versions of transformers pass a tensor
         if count < 0:
             raise KvqError(f"crop({tokens_to_remove}): a positive number", "give minus the tokens to remove")
         count = min(count, self._length)
