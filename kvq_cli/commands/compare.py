@@ -82,7 +82,8 @@ def compare(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="What `kvq eval --output` wrote: the quality that --max-kl limits. May be repeated.",
+            help="What `kvq eval --output` wrote, to stand beside speed; --max-kl limits its KL divergence. "
+            "May be repeated.",
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,
@@ -110,9 +111,9 @@ def compare(
             "`kvq compare` takes files of records, or --policies to measure" + ", not both" * bool(files),
             "`kvq compare --policies 0,8,4,42`, or `kvq compare A.json B.json`",
         )
-    if (max_kl is None) != (not quality):
+    if max_kl is not None and not quality:
         raise UsageError(
-            "--max-kl and --quality go together",
+            "--max-kl needs --quality",
             "`kvq eval --policies … --output quality.json`, then `--quality quality.json --max-kl 0.02`",
         )
     from kvq_core.bench.advice import advise, quality_warnings, read_quality
@@ -130,20 +131,24 @@ def compare(
 
     from kvq_core.bench import report
     from kvq_core.bench.compare import compare_records
+    from kvq_core.bench.scores import collect_scores
 
     comparison = compare_records(session.records, baseline)
     warnings, advice = comparison.warnings(), list[str]()
-    if measured_quality is not None and max_kl is not None:
-        advice = advise(comparison, measured_quality, max_kl)
+    scores = collect_scores([*session.records, *(measured_quality.records if measured_quality else ())])
+    if measured_quality is not None:
         warnings += quality_warnings(comparison, measured_quality)
+        if max_kl is not None:
+            advice = advise(comparison, measured_quality, max_kl)
     if json:
         console.emit_json(session.documents(comparison.documents()))
     elif markdown:
-        console.emit(report.markdown(comparison, advice))
+        console.emit(report.markdown(comparison, advice, scores))
     elif csv:
         console.emit(report.csv(comparison))
     else:
-        emit_tables(report.comparison_tables(comparison), [*report.comparison_notes(comparison), *advice], [])
+        tables = report.comparison_tables(comparison, scores)
+        emit_tables(tables, [*report.comparison_notes(comparison), *advice], [])
     if json or csv:
         for line in advice:
             console.say(line)
@@ -198,6 +203,7 @@ kvq compare --policies 0,8,4,42
 kvq compare --policies 0,42 --model Qwen/Qwen3-8B --concurrency 128 --kv-memory 16GiB --output runs.json
 kvq compare --policies 0,42 --repeats 5
 kvq compare runs.json other.json --baseline none --markdown
+kvq compare runs.json --quality tasks.json
 kvq compare --policies 0,8,4,42 --quality quality.json --max-kl 0.02
 kvq compare before.json after.json --fail-on-regression 5%
 

@@ -3,31 +3,29 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvq_core.bench.compare import Comparison
 from kvq_core.bench.record import RunRecord, read_records
 from kvq_core.bench.report import number
+from kvq_core.bench.scores import Scheme, collect_scores, scheme
 from kvq_core.errors import KvqError
 
 TIE = 0.02
 """Speeds that differ by less than this share are equal; memory decides."""
 
-Scheme = tuple[Any, ...]
-"""What tells policies apart, whatever they are called: key and value codec, sink, recent."""
-
 
 @dataclass(frozen=True)
 class Quality:
-    """KL divergence, nats per token, by policy, as `kvq eval` measured it, and on which models."""
+    """What `kvq eval` measured, by policy, and on which models; `kl` in nats per token, of texts alone."""
 
     kl: Mapping[Scheme, float]
     models: frozenset[str]
+    records: tuple[RunRecord, ...]
 
     def of(self, record: RunRecord) -> float | None:
         """None where it was not measured; an unquantized cache has 0 by definition."""
-        scheme = _scheme(record)
-        return 0.0 if scheme[:2] == ("none", "none") else self.kl.get(scheme)
+        key = scheme(record)
+        return 0.0 if key[:2] == ("none", "none") else self.kl.get(key)
 
 
 def read_quality(paths: Iterable[Path]) -> Quality:
@@ -38,15 +36,17 @@ def read_quality(paths: Iterable[Path]) -> Quality:
     kl: dict[Scheme, float] = {}
     records = read_records(paths)
     for record in records:
-        value = record.metrics.get("kl")
-        if value is None:
+        if not collect_scores([record]).names:
             raise KvqError(
-                f"the record {record.name} has no KL divergence",
+                f"the record {record.name} has no figure of quality",
                 "--quality takes what `kvq eval --output` wrote",
             )
-        scheme = _scheme(record)
-        kl[scheme] = max(value, kl.get(scheme, value))
-    return Quality(kl, frozenset(str(record.model.get("name")) for record in records))
+        value = record.metrics.get("kl")
+        if value is not None:
+            key = scheme(record)
+            kl[key] = max(value, kl.get(key, value))
+    models = frozenset(str(record.model.get("name")) for record in records)
+    return Quality(kl, models, tuple(records))
 
 
 def advise(comparison: Comparison, quality: Quality, max_kl: float) -> list[str]:
@@ -132,8 +132,3 @@ def _break_even(comparison: Comparison, i: int) -> list[str]:
         text + f"it pays from about {number(needed / length)} requests of {length:.0f} tokens at a time "
         f"(fit: {number(full / length)} without it, {number(mine / length)} with it; an estimate)"
     ]
-
-
-def _scheme(record: RunRecord) -> Scheme:
-    policy = record.policy
-    return policy.get("key"), policy.get("value"), policy.get("sink") or 0, policy.get("recent") or 0

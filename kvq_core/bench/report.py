@@ -8,6 +8,7 @@ from kvq_core.bench.compare import CHANGES, Comparison
 from kvq_core.bench.metrics import LATENCIES, PERCENTILES
 from kvq_core.bench.record import RunRecord
 from kvq_core.bench.repeats import usable
+from kvq_core.bench.scores import Scores, has_speed, scheme
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -74,18 +75,34 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{max(0, digits - whole)}f}"
 
 
-def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Speed and memory, a row a record, every figure with its change against the baseline."""
+def comparison_tables(comparison: Comparison, scores: Scores | None = None) -> list[Table]:
+    """Speed and memory, a row a record, every figure with its change against the baseline; then quality."""
+    quality = [] if scores is None or not scores.names else [_quality_table(comparison, scores)]
+    if not any(map(has_speed, comparison.records)):
+        return quality
     figures = speed_figures(comparison.records)
     speed, memory = [], []
     for i, record in enumerate(comparison.records):
+        if not has_speed(record):
+            continue
         name = Cell(comparison.names[i] + ("" if record.complete else " (incomplete)"))
         speed.append([name, *(_cell(comparison, i, figure) for figure in figures)])
         memory.append([name, *_memory_cells(record)])
     return [
         Table("speed (latencies are means)", ["policy", *map(_heading, figures)], speed),
         Table("memory (x: against 16 bits a number)", ["policy", *MEMORY], memory),
+        *quality,
     ]
+
+
+def _quality_table(comparison: Comparison, scores: Scores) -> Table:
+    """A row a policy: what `kvq eval` found for it."""
+    rows = {scheme(record): (comparison.names[i], record) for i, record in enumerate(comparison.records)}
+    return Table(
+        "quality (± one standard error)",
+        ["policy", *scores.names],
+        [[Cell(name), *map(Cell, scores.cells(record))] for name, record in rows.values()],
+    )
 
 
 def speed_figures(records: Sequence[RunRecord]) -> list[Figure]:
@@ -171,7 +188,7 @@ def conditions(record: RunRecord) -> str:
 def notes(records: Sequence[RunRecord]) -> list[str]:
     """What was measured, and whose speeds these are."""
     lines = list(dict.fromkeys(conditions(record) for record in records))
-    if any(record.env.get("gpu") is None and not record.is_remote for record in records):
+    if any(r.env.get("gpu") is None and not r.is_remote and has_speed(r) for r in records):
         lines.append(REFERENCE_NOTE)
     return lines + list(dict.fromkeys(record.note for record in records if record.note))
 
@@ -180,7 +197,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     baselines = dict.fromkeys(
         comparison.names[i] for i in range(len(comparison.records)) if comparison.is_baseline(i)
     )
-    lines = [f"changes are against {', '.join(baselines)}"]
+    lines = [f"changes are against {', '.join(baselines)}"] * any(map(has_speed, comparison.records))
     counts = {len(usable(runs)) for runs in comparison.runs}
     if max(counts) > 1:
         lines.append(
@@ -223,18 +240,24 @@ def run_tables(record: RunRecord) -> list[Table]:
     ]
 
 
-def markdown(comparison: Comparison, advice: Sequence[str] = ()) -> str:
-    """One Markdown table, a row a record, and the notes, advice and warnings under it."""
-    speed, memory = comparison_tables(comparison)
-    columns = [
-        heading.replace("pre-\n", "pre").replace("\n", " ") for heading in speed.columns + memory.columns[1:]
-    ]
-    rows = [left + right[1:] for left, right in zip(speed.rows, memory.rows, strict=True)]
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *([str(cell) for cell in row] for row in rows)]
-    text = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+def markdown(comparison: Comparison, advice: Sequence[str] = (), scores: Scores | None = None) -> str:
+    """Speed and memory in one Markdown table, a row a record; quality in another; then all remarks."""
+    *speed, last = comparison_tables(comparison, scores)
+    tables = [last]
+    if speed:
+        left, right, *rest = [*speed, last]
+        joined = [a + b[1:] for a, b in zip(left.rows, right.rows, strict=True)]
+        tables = [Table("", left.columns + right.columns[1:], joined), *rest]
     remarks = [f"- {note}" for note in [*comparison_notes(comparison), *advice]]
     remarks += [f"- **warning**: {warning}" for warning in comparison.warnings()]
-    return "\n".join([*text, "", *remarks])
+    return "\n\n".join([*map(_markdown_table, tables), "\n".join(remarks)])
+
+
+def _markdown_table(table: Table) -> str:
+    columns = [heading.replace("pre-\n", "pre").replace("\n", " ") for heading in table.columns]
+    rows = [[str(cell) for cell in row] for row in table.rows]
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def frame(comparison: Comparison) -> "DataFrame":

@@ -122,7 +122,7 @@ def test_the_worst_of_several_measurements_counts(bench, write_json):
 
 
 def test_files_that_hold_no_quality(bench, write_json):
-    with pytest.raises(KvqError, match="has no KL divergence"):
+    with pytest.raises(KvqError, match="has no figure of quality"):
         read_quality([write_json("q.json", bench.record().to_dict())])
 
 
@@ -141,6 +141,7 @@ def test_the_command(kvq, bench, runs, write_json):
     assert "- recommended: 8 int8" in kvq("compare", *flags, "--markdown")[1]
     _, out, err = kvq("compare", *flags, "--json")
     assert len(json.loads(out)) == 4 and "recommended: 8 int8" in err
-    for half in (("--quality", quality), ("--max-kl", 0.02)):
-        code, _, err = kvq("compare", file, *half)
-        assert code == 2 and "--max-kl and --quality go together" in err
+    code, _, err = kvq("compare", file, "--max-kl", 0.02)
+    assert code == 2 and "--max-kl needs --quality" in err
+    code, out, _ = kvq("compare", file, "--quality", quality)
+    assert code == 0 and "recommended" not in out and "quality" in out and "0.0003" in out
