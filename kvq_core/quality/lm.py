@@ -5,6 +5,7 @@ codecs, as `kvq eval` does it; generation goes through the engine. All else (tok
 contexts are cut) is the harness's own Hugging Face backend, so that policy none gives its figures exactly.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ class KvqLM(HFLM):
             raise KvqError(f"{pretrained.name} has no tokenizer", "tasks are texts: use a model that has one")
         self.loaded = pretrained
         self.policy = get_policy(policy).with_window(sink, recent)
+        self.on_progress: Callable[[float], None] | None = None
+        """Called with the share of a kind of requests that is done; progress bars are off then."""
+        self._done = self._total = 0
         self._pipe: Pipeline | None = None
         super().__init__(
             pretrained=pretrained.model,
@@ -58,15 +62,30 @@ class KvqLM(HFLM):
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """[B, L] ids, padded on the right -> logits [B, L, V]."""
+        self._advance(inps.shape[0])
         if self.policy.is_quantized:
             return logits(self.loaded, inps, self.policy)
         with attention_of(self.loaded, "sdpa" if self.model._supports_sdpa else "eager"):
             return super()._model_call(inps)
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=self._quiet(disable_tqdm))
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        return super().loglikelihood_rolling(requests, disable_tqdm=self._quiet(disable_tqdm))
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._done, self._total = 0, len(requests)
+        quiet = self._quiet(disable_tqdm)
+        return super()._loglikelihood_tokens(requests, disable_tqdm=quiet, override_bs=override_bs)
+
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        self._done, self._total = 0, len(requests)
         try:
             with attention_of(self.loaded, ENGINE_ATTENTION):
-                return super().generate_until(requests, disable_tqdm=disable_tqdm)
+                return super().generate_until(requests, disable_tqdm=self._quiet(disable_tqdm))
         finally:
             if self._pipe is not None:
                 self._pipe.close()
@@ -104,9 +123,18 @@ class KvqLM(HFLM):
             top_p=top_p,
             stop=tuple(stop),
         )
+        self._advance(len(prompts))
         answers = self._pipe(prompts, params)
         assert isinstance(answers, list)
         longest = max(len(answer.token_ids) for answer in answers)
         pad = self.tokenizer.pad_token_id
         rows = [answer.token_ids + [pad] * (longest - len(answer.token_ids)) for answer in answers]
         return torch.cat([context, torch.tensor(rows, device=context.device)], 1)
+
+    def _quiet(self, disable_tqdm: bool) -> bool:
+        return disable_tqdm or self.on_progress is not None
+
+    def _advance(self, count: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(min(1.0, self._done / max(1, self._total)))
+        self._done += count

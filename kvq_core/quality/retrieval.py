@@ -20,6 +20,14 @@ PEOPLE = (
 DEEDS = ("walked to", "talked about", "looked at", "forgot", "dreamt of", "painted", "wrote about", "left")
 THINGS = ("the river", "the old bridge", "a small garden", "the market", "the last train", "a quiet room")
 TIMES = ("in the morning", "before the rain", "after dinner", "on a cold day", "again", "without a word")
+ADJECTIVES = (
+    "red", "old", "big", "small", "green", "cold", "dark", "warm", "quiet", "young", "blue", "heavy",
+    "narrow", "gentle", "golden", "hidden", "empty", "broken", "silver", "distant",
+)  # fmt: skip
+NOUNS = (
+    "apple", "river", "table", "window", "garden", "horse", "letter", "candle", "bridge", "stone", "flower",
+    "basket", "hammer", "mirror", "ladder", "pillow", "rocket", "lantern", "violin", "anchor",
+)  # fmt: skip
 
 Count = Callable[[str], int]
 """Tokens of a text."""
@@ -64,15 +72,11 @@ def _sentence(rng: random.Random) -> str:
 
 def _line(rng: random.Random, seen: set[str]) -> str:
     """A key that is not among `seen` yet, and its value."""
-    key = _key(rng)
+    key = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
     while key in seen:
-        key = _key(rng)
+        key = f"{rng.choice(ADJECTIVES)} {key}"
     seen.add(key)
     return f"{key}: {rng.randrange(1000, 10000)}"
-
-
-def _key(rng: random.Random) -> str:
-    return "".join(rng.choice("bcdfghjklmnprstvz") + rng.choice("aeiou") for _ in range(3))
 
 
 def _until(piece: Callable[[], str], count: Count, tokens: int) -> list[str]:

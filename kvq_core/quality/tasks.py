@@ -3,9 +3,10 @@
 import io
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial, partialmethod
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ OWN: dict[str, Callable[..., list[dict[str, str]]]] = {
     "kv_retrieval": retrieval.lookups,
 }
 """Tasks whose samples are generated."""
+BOOTSTRAPS = 1000
+"""Resamplings for the standard error of a perplexity."""
 OWN_SAMPLES = 44
 """Samples of a generated task without a limit: each of its eleven depths four times."""
 LOCAL = (*local_data.FILES, local_data.MMLU)
@@ -69,7 +72,7 @@ def evaluate_tasks(
     """
     for policy in policies:
         check_head_dims(model.geometry, policy)
-    simple_evaluate, manager, KvqLM = _harness(names, folder)
+    evaluate, manager, KvqLM = _harness(names, folder)
     with _quietly():
         lm = KvqLM(model, batch_size=batch_size)
     specs = [
@@ -79,23 +82,16 @@ def evaluate_tasks(
     start, rows, complete = time.perf_counter(), [], True
     try:
         for index, policy in enumerate(policies):
-            if progress:
-                progress(index + 1, len(policies))
             lm.policy = policy
+            if progress:
+                lm.on_progress = partial(_report, progress, index, len(policies))
             with _quietly(), _translated(names):
-                found = simple_evaluate(
+                found = evaluate(
                     lm,
-                    tasks=specs,
-                    task_manager=manager,
-                    num_fewshot=num_fewshot,
+                    task_dict=_load(manager, specs, num_fewshot, seed),
                     limit=limit,
-                    batch_size=batch_size,
-                    bootstrap_iters=1000,
+                    bootstrap_iters=BOOTSTRAPS,
                     log_samples=False,
-                    random_seed=seed,
-                    numpy_random_seed=seed,
-                    torch_random_seed=seed,
-                    fewshot_random_seed=seed,
                 )
             samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
             bits = effective_bits(model.geometry, policy, context_len)
@@ -103,6 +99,22 @@ def evaluate_tasks(
     except KeyboardInterrupt:
         complete = False
     return TaskResult(rows, time.perf_counter() - start, complete)
+
+
+def _report(progress: Progress, policy: int, policies: int, share: float) -> None:
+    """Parts in a thousand of all policies, `share` being what is done of this one."""
+    progress(round(1000 * (policy + share) / policies), 1000)
+
+
+def _load(manager: Any, specs: list[Any], num_fewshot: int | None, seed: int) -> Any:
+    """The tasks, with their number of worked examples; tasks that are set to none keep it."""
+    loaded = manager.load(specs)
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own != 0:
+            task.set_config("num_fewshot", own or 0 if num_fewshot is None else num_fewshot)
+        task.set_fewshot_seed(seed=seed)
+    return loaded
 
 
 def check_names(names: Sequence[str], folder: Path | None) -> None:
@@ -122,7 +134,7 @@ def check_names(names: Sequence[str], folder: Path | None) -> None:
 
 def _harness(names: Sequence[str], folder: Path | None) -> tuple[Any, Any, Any]:
     """lm-evaluation-harness's entry point, its tasks as far as they are needed, and our model class."""
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     from kvq_core.quality.lm import KvqLM
@@ -140,7 +152,7 @@ def _harness(names: Sequence[str], folder: Path | None) -> tuple[Any, Any, Any]:
                 f"there is no task {name!r}",
                 f"ours are {', '.join([*OWN, *LOCAL])}; all others are those of `lm_eval ls tasks`",
             )
-    return simple_evaluate, manager, KvqLM
+    return evaluate, manager, KvqLM
 
 
 def _spec(
@@ -182,20 +194,24 @@ def _scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 @contextmanager
-def _quietly():  # type: ignore[no-untyped-def]
-    """No progress bars, tables and advice from the harness."""
-    logger = logging.getLogger("lm_eval")
-    before, silence = logger.level, io.StringIO()
+def _quietly() -> Iterator[None]:
+    """No progress bars and advice from the harness."""
+    from tqdm import tqdm
+
+    logger, start = logging.getLogger("lm_eval"), tqdm.__init__
+    before = logger.level
     logger.setLevel(logging.ERROR)
+    tqdm.__init__ = partialmethod(start, disable=True)  # there is no setting for it
     try:
-        with redirect_stderr(silence), redirect_stdout(silence):
+        with redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(before)
+        tqdm.__init__ = start
 
 
 @contextmanager
-def _translated(names: Sequence[str]):  # type: ignore[no-untyped-def]
+def _translated(names: Sequence[str]) -> Iterator[None]:
     """What the harness and the hub raise, as a `KvqError`."""
     try:
         yield
