@@ -32,7 +32,7 @@ CPU_LIMIT, GPU_LIMIT = 4, 32
 """Windows without `--limit`."""
 NOT_HERE = (
     "policy", "kv_memory", "gpu_memory_utilization", "page_size", "load_format", "max_num_seqs",
-    "prefill_chunk", "max_model_len", "enforce_eager",
+    "prefill_chunk", "max_model_len", "enforce_eager", "fidelity",
 )  # fmt: skip
 
 

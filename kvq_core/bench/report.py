@@ -237,7 +237,19 @@ def run_tables(record: RunRecord) -> list[Table]:
     return [
         Table(title, ["", "value"], [[Cell(name), Cell(value)] for name, value in summary]),
         Table("", ["latency, ms", *figures], latencies),
+        *([fidelity_table(kv["fidelity"])] if kv.get("fidelity") else []),
     ]
+
+
+def fidelity_table(found: dict[str, Any]) -> Table:
+    """By layer, how far attention through the codec is off."""
+    rows = [
+        [Cell(str(layer)), Cell(f"{mean:.2e}"), Cell(f"{worst:.2e}")]
+        for layer, (mean, worst) in enumerate(zip(found["mean_errors"], found["worst_errors"], strict=True))
+    ]
+    title = f"fidelity: relative error of attention over {found['window']} tokens"
+    title += f", {found['steps']} steps checked, {found['jumps']} jumps"
+    return Table(title, ["layer", "mean", "worst"], rows)
 
 
 def markdown(comparison: Comparison, advice: Sequence[str] = (), scores: Scores | None = None) -> str:

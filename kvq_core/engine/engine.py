@@ -11,6 +11,7 @@ import torch
 from kvq_core.cache.paged import PagedCache
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.compiled import compile_layers, or_uncompiled
+from kvq_core.engine.fidelity import Fidelity
 from kvq_core.engine.memory import fit_cache
 from kvq_core.engine.request import Request, RequestOutput, Status
 from kvq_core.engine.runner import ModelRunner, PendingTokens
@@ -64,11 +65,15 @@ class Engine:
             ),
             self.cache.blocks,
         )
+        self.fidelity: Fidelity | None = None
+        if self.config.fidelity:
+            self.fidelity = Fidelity(self.cache, self.config.fidelity, self.config.seed, model.dtype)
         self.runner = ModelRunner(
             model,
             self.cache,
             self.config.seed,
             token_budget=self.config.max_num_batched_tokens,
+            fidelity=self.fidelity,
         )
         if not self.config.enforce_eager:
             try:
@@ -160,11 +165,14 @@ class Engine:
     def reset_stats(self) -> None:
         self.scheduler.preemptions = 0
         self.cache.blocks.reset_peak()
+        if self.fidelity is not None:
+            self.fidelity.reset()
 
     def kv_stats(self) -> dict[str, Any]:
         """What the cache holds and costs; the `kv` part of a run record."""
         plan = self.plan
-        return {
+        measured = {"fidelity": self.fidelity.summary()} if self.fidelity is not None else {}
+        return measured | {
             "bits_per_element": plan.bits_per_element,
             "bytes_per_token": plan.bytes_per_token,
             "memory_bytes": plan.memory_bytes,
@@ -182,7 +190,7 @@ class Engine:
         """Drop all requests and give the cache's memory back; the model stays."""
         self._in_flight.clear()
         self._requests.clear()
-        del self.runner, self.scheduler, self.cache
+        del self.runner, self.scheduler, self.cache, self.fidelity
         if self.model.device.type == "cuda":
             import gc
 
