@@ -136,22 +136,21 @@ class Fidelity:
         self._found.append(error.nan_to_num(LARGEST, LARGEST).clamp(max=LARGEST))
 
     def finish(self) -> None:
-        """Take the errors of a measured step; warns of layers that jumped."""
+        """Take the errors of a measured step; one warning for all layers that jumped."""
         self.steps += 1
+        jumps: list[tuple[int, float, float]] = []
         for index, errors in enumerate(torch.stack(self._found).tolist()):
             layer, worst = self.layers[index], max(errors)
             usual = layer.median
             if len(layer.recent) >= ENOUGH and worst > max(FLOOR, JUMP * usual):
-                self.jumps += 1
-                log.warning(
-                    "fidelity: attention of layer %d is off by %.3g, usually by %.3g: is its cache damaged?",
-                    index,
-                    worst,
-                    usual,
-                )
+                jumps.append((index, worst, usual))
             layer.recent.append(sum(errors) / len(errors))
             layer.total += layer.recent[-1]
             layer.worst = max(layer.worst, worst)
+        self.jumps += len(jumps)
+        if jumps:
+            text = "fidelity: attention of layer %d is off by %.3g, usually by %.3g%s: is its cache damaged?"
+            log.warning(text, *jumps[0], f" (and {len(jumps) - 1} more layers)" if jumps[1:] else "")
         self._chosen, self._found = None, []
 
     def summary(self) -> dict[str, Any]:

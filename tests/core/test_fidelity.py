@@ -93,8 +93,9 @@ def test_tokens_are_the_same_and_a_share_is_sampled(make: MAKE) -> None:
     assert 0.05 * steps < some.kv_stats()["fidelity"]["steps"] < 0.5 * steps
 
 
-def test_a_damaged_page_is_a_jump(make: MAKE, caplog: pytest.LogCaptureFixture) -> None:
-    engine = make("int8")
+@pytest.mark.parametrize("policy", ["none", "int8", "42"])
+def test_a_damaged_page_is_a_jump(policy: str, make: MAKE, caplog: pytest.LogCaptureFixture) -> None:
+    engine = make(policy)
     engine.add_request(list(range(60)), SamplingParams(max_new_tokens=60, ignore_eos=True))
     while engine.kv_stats()["fidelity"]["steps"] < 20:
         engine.step()
@@ -106,7 +107,7 @@ def test_a_damaged_page_is_a_jump(make: MAKE, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING, "kvq"):
         engine.step()
     assert engine.fidelity.jumps == 1 and "layer 1 is off by" in caplog.text
-    assert engine.fidelity.layers[0].worst < 0.02 < engine.fidelity.layers[1].worst
+    assert len(caplog.records) == 1 and engine.fidelity.layers[0].worst < 0.6
     engine.reset_stats()
     assert engine.kv_stats()["fidelity"] == {
         "share": 1.0, "window": 128, "steps": 0, "mean_errors": [0, 0], "worst_errors": [0, 0], "jumps": 0,
