@@ -13,6 +13,7 @@ from typing import Any
 
 from kvq_core.errors import KvqError
 from kvq_core.models import LoadedModel
+from kvq_core.models.source import hub_reachable
 from kvq_core.policies import Policy
 from kvq_core.quality import local_data, retrieval
 from kvq_core.quality.perplexity import Progress, check_head_dims, effective_bits
@@ -85,7 +86,7 @@ def evaluate_tasks(
             lm.policy = policy
             if progress:
                 lm.on_progress = partial(_report, progress, index, len(policies))
-            with _quietly(), _translated(names):
+            with _quietly(), _without_retries(), _translated(names):
                 found = evaluate(
                     lm,
                     task_dict=_load(manager, specs, num_fewshot, seed),
@@ -208,6 +209,21 @@ def _quietly() -> Iterator[None]:
     finally:
         logger.setLevel(before)
         tqdm.__init__ = start
+
+
+@contextmanager
+def _without_retries() -> Iterator[None]:
+    """Where the hub is out of reach, data come from the local cache or not at all, at once."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not hub_reachable():
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextmanager
