@@ -303,6 +303,16 @@ EnforceEager = Annotated[
         rich_help_panel=ENGINE_PANEL,
     ),
 ]
+Fidelity = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        help="Have this share of decode steps, as 0.01, attend to unquantized keys and values too, and "
+        "report by layer how far the codec's are off; a jump is a warning. 0: off, and costs nothing.",
+        parser=parse_fraction,
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", rich_help_panel=ENGINE_PANEL)]
 
 # Sampling
@@ -399,6 +409,7 @@ ENGINE_FLAGS: dict[str, Any] = {
     "prefix_caching": PrefixCaching,
     "max_model_len": MaxModelLen,
     "enforce_eager": EnforceEager,
+    "fidelity": Fidelity,
     "seed": Seed,
 }
 """Field of `EngineConfig` -> its flag."""

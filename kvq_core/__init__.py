@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvq_core.config import EngineConfig, SamplingParams
     from kvq_core.errors import KvqError
+    from kvq_core.hf_cache import KVQCache
     from kvq_core.pipeline import Pipeline, Response, pipeline
 
-__all__ = ["EngineConfig", "KvqError", "Pipeline", "Response", "SamplingParams", "pipeline"]
+__all__ = ["EngineConfig", "KVQCache", "KvqError", "Pipeline", "Response", "SamplingParams", "pipeline"]
 
 _HOMES = {
     "EngineConfig": "kvq_core.config",
     "SamplingParams": "kvq_core.config",
+    "KVQCache": "kvq_core.hf_cache",
     "KvqError": "kvq_core.errors",
     "Pipeline": "kvq_core.pipeline",
     "Response": "kvq_core.pipeline",

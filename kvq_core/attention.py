@@ -12,7 +12,7 @@ the traced code depends on the layer's number, and all layers share one compiled
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from kvq_core.batch import Batch
 from kvq_core.cache.paged import PagedCache
 from kvq_kernels import dispatch
+
+if TYPE_CHECKING:
+    from kvq_core.engine.fidelity import Fidelity
 
 NAME = "kvq"
 
@@ -34,6 +37,8 @@ class StepContext:
     """[T] bool: tokens that are no padding; None: all."""
     stored: dict[int, int] | None = None
     """layer -> tokens stored; filled where it is not None."""
+    fidelity: "Fidelity | None" = None
+    """Keeps a shadow of keys and values, and compares; None: off."""
 
 
 _running: dict[int, StepContext] = {}
@@ -161,6 +166,8 @@ def attend(
     if layer.bias is not None:
         stored = (k - layer.bias.at(batch.positions)).to(k.dtype)
     dispatch.store(stored, v, layer.pages, tables.slots, layer.layout)
+    if context.fidelity is not None:
+        context.fidelity.store(layer_index, k, v, batch)
     outputs = []
     if decodes:
         if layer.raw is not None:
@@ -179,6 +186,8 @@ def attend(
                 **options,
             )
         )
+        if context.fidelity is not None:
+            context.fidelity.compare(layer_index, q[:decodes], context.cache, batch, options)
     if num_tokens > decodes:
         outputs.append(
             dispatch.paged_prefill(

@@ -55,6 +55,8 @@ class EngineConfig:
     """No CUDA graphs: every kernel is launched by the host. Tokens are the same."""
     compile: bool = True
     """Compile the decoder layers, on a GPU in bfloat16 and float16."""
+    fidelity: float = 0.0
+    """Share of decode steps that also attend to unquantized keys and values, and report the difference."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class EngineConfig:
             raise UsageError(f"page_size must be a multiple of 16, got {self.page_size}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(f"gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}")
+        if not 0 <= self.fidelity <= 1:
+            raise UsageError(f"fidelity must lie in [0, 1], got {self.fidelity}")
         for name in ("sink", "recent", "kv_memory", "max_model_len", "max_num_batched_tokens"):
             value = getattr(self, name)
             if value is not None and value < (0 if name in ("sink", "recent") else 1):

@@ -225,9 +225,11 @@ def compare(
     from kvq_core.bench.advice import advise, quality_warnings
     from kvq_core.bench.breakeven import break_even_table, sentences
     from kvq_core.bench.compare import compare_records
+    from kvq_core.bench.scores import collect_scores
 
     comparison = compare_records(session.records, baseline)
     warnings, advice = comparison.warnings(), list[str]()
+    scores = collect_scores([*session.records, *(measured_quality.records if measured_quality else ())])
     if max_kl is not None or limits.slo:
         advice = advise(comparison, measured_quality, limits)
     else:
@@ -243,12 +245,12 @@ def compare(
     if json:
         console.emit_json(session.documents(comparison.documents()))
     elif markdown:
-        console.emit(report.markdown(comparison, advice, kl))
+        console.emit(report.markdown(comparison, advice, kl, scores))
     elif csv:
         console.emit(report.csv(comparison))
     else:
         even = break_even_table(comparison)
-        tables = [*report.comparison_tables(comparison, kl), *([even] if even else [])]
+        tables = [*report.comparison_tables(comparison, kl, scores), *([even] if even else [])]
         emit_tables(tables, [*report.comparison_notes(comparison), *advice], [])
     if json or csv:
         for line in advice:
@@ -324,6 +326,7 @@ kvq compare --policies 0,42 --model Qwen/Qwen3-8B --concurrency 128 --kv-memory 
 kvq compare --policies 0,42 --repeats 5
 kvq compare --policies 0,8,4,42 --sweep concurrency=1,8,64 context=512,2048 --output sweep.json --resume
 kvq compare runs.json other.json --baseline none --markdown
+kvq compare runs.json --quality tasks.json
 kvq compare --policies 0,8,4,42 --quality quality.json --max-kl 0.02
 kvq compare --target vllm=http://127.0.0.1:8000 --target kvq=http://127.0.0.1:8001 --model Qwen/Qwen3-8B
 kvq compare sweep.json --slo ttft:500 tpot:50 --html report.html

@@ -17,6 +17,7 @@ from kvq_cli.options import (
     parse_fraction,
 )
 from kvq_cli.sensitivity import DEFAULT_POLICY, only_policy, parse_budget, propose_layers, show_ranking
+from kvq_cli.tasks import CPU_SAMPLES, parse_tasks, score
 from kvq_core.config import EngineConfig
 from kvq_core.errors import CheckFailed, UsageError
 from kvq_core.policies import parse_policies
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from kvq_core.quality.perplexity import Result, Row
     from kvq_core.quality.text import Windows
 
-TEXT_PANEL, LAYERS_PANEL = "Text", "Layers"
+TEXT_PANEL, LAYERS_PANEL, TASKS_PANEL = "Text", "Layers", "Tasks"
 DEFAULT_POLICIES = "0,8,4,42"
 CPU_LIMIT, GPU_LIMIT = 4, 32
 """Windows without `--limit`."""
 NOT_HERE = (
     "policy", "kv_memory", "gpu_memory_utilization", "page_size", "load_format", "max_num_seqs",
-    "prefill_chunk", "prefix_caching", "max_model_len", "enforce_eager",
+    "prefill_chunk", "prefix_caching", "max_model_len", "enforce_eager", "fidelity",
 )  # fmt: skip
 
 
@@ -51,15 +52,18 @@ def eval(
         ),
     ] = None,
     context_len: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Tokens of a window.", rich_help_panel=TEXT_PANEL)
+        int,
+        typer.Option(
+            min=2, metavar="N", help="Tokens of a window, or of a generated task.", rich_help_panel=TEXT_PANEL
+        ),
     ] = 1024,
     limit: Annotated[
         int | None,
         typer.Option(
             min=0,
-            metavar="WINDOWS",
-            help="Measure this many windows from the start of the text; 0: all.",
-            show_default=f"{CPU_LIMIT} on a CPU, {GPU_LIMIT} on a GPU",
+            metavar="N",
+            help="Measure this many windows from the start of the text, or samples of each task; 0: all.",
+            show_default=f"{CPU_LIMIT} windows or {CPU_SAMPLES} samples on a CPU; {GPU_LIMIT}, all on a GPU",
             rich_help_panel=TEXT_PANEL,
         ),
     ] = None,
@@ -91,6 +95,41 @@ def eval(
             rich_help_panel=LAYERS_PANEL,
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="Score tasks in place of a text: needle, kv_retrieval (made here); lambada, arc_easy, "
+            "arc_challenge, hellaswag, mmlu, gsm8k from --tasks-path; any other of lm-evaluation-harness, "
+            "with data from the hub.",
+            show_default=False,
+            rich_help_panel=TASKS_PANEL,
+        ),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the tasks' files are: lambada*.jsonl, arc_easy*.jsonl, hellaswag*.jsonl, "
+            "gsm8k*.jsonl, mmlu/; and task YAML files of your own.",
+            show_default=False,
+            rich_help_panel=TASKS_PANEL,
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Worked examples before each sample.",
+            show_default="the task's own",
+            rich_help_panel=TASKS_PANEL,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Samples of a forward.", rich_help_panel=TASKS_PANEL),
+    ] = 1,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -114,7 +153,7 @@ def eval(
     *,
     config: EngineConfig,
 ) -> None:
-    """Measure perplexity and drift of policies on a text.
+    """Measure perplexity and drift of policies on a text, or their scores on tasks.
 
     Every key and value is read back through its codec, as in decoding; prefill
     over fresh ones would hide the quantization. The text is cut into windows
@@ -129,16 +168,43 @@ def eval(
     edge fall to either side by the order of a sum, and of two float32 runs,
     equally right, the KL of a 3-bit policy differs by 2 or 3%.
 
+    Tasks are run by lm-evaluation-harness: log-likelihoods with every key and
+    value read back, generation through the engine. With policy none they are
+    those of its own Hugging Face backend. Scores come with standard errors.
+
     kvq eval --policies none,int8,42 --dataset-path book.txt --context-len 2048
     kvq eval --policies 42 --sink 4 --recent 128 --max-kl 0.02
     kvq eval --policies 42 --sensitivity --budget 1.1x --dataset-path book.txt
+    kvq eval --policies none,8,42 --tasks needle,kv_retrieval --context-len 2048
+    kvq eval --policies none,42 --tasks lambada,arc_easy --tasks-path data/ --limit 200
     """
     if sensitivity and policies == DEFAULT_POLICIES:
         policies = DEFAULT_POLICY
     if budget is not None and not sensitivity:
         raise UsageError("--budget is for --sensitivity", "add `--sensitivity`, or leave it out")
+    if sensitivity and tasks is not None:
+        raise UsageError("--sensitivity and --tasks exclude each other", "layers are ranked on a text")
     chosen = [config.with_policy(policy).resolved_policy() for policy in parse_policies(policies)]
     start = only_policy(chosen) if sensitivity else None
+    if tasks is not None:
+        _refuse_with_tasks(dataset_path, through_engine, max_kl, max_ppl_increase)
+        score(
+            parse_tasks(tasks),
+            chosen,
+            model,
+            config,
+            folder=tasks_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            context_len=context_len,
+            output=output,
+            json=json,
+        )
+        return
+    for flag, given in (("--tasks-path", tasks_path), ("--num-fewshot", num_fewshot)):
+        if given is not None:
+            raise UsageError(f"{flag} goes with --tasks", "for example `--tasks lambada,arc_easy`")
     from kvq_core.quality.text import read_text, sample_text
 
     text, name = (read_text(dataset_path), dataset_path.name) if dataset_path else sample_text()
@@ -185,6 +251,13 @@ def eval(
     _check(result, max_kl, max_ppl_increase)
 
 
+def _refuse_with_tasks(dataset_path: Path | None, *others: object) -> None:
+    flags = ("--dataset-path", "--through-engine", "--max-kl", "--max-ppl-increase")
+    for flag, given in zip(flags, (dataset_path, *others), strict=True):
+        if given not in (None, False):
+            raise UsageError(f"{flag} is about a text, and --tasks measures none", "run `kvq eval` twice")
+
+
 def _report(records: list["RunRecord"], result: "Result", output: Path | None, json: bool) -> None:
     documents: Any = [record.to_dict() for record in records]
     documents = documents if len(documents) > 1 else documents[0]
@@ -228,10 +301,7 @@ def _records(
         "windows": result.windows,
         "read_back": "by decoding through the engine" if through_engine else "in one forward a window",
     }
-    described = model.describe()
-    described["name"] = (
-        Path(described["name"]).name if Path(described["name"]).exists() else described["name"]
-    )
+    described = describe_model(model)
     return [
         RunRecord(
             label=row.policy.label,
@@ -251,6 +321,14 @@ def _records(
         )
         for row in result.rows
     ]
+
+
+def describe_model(model: "LoadedModel") -> dict[str, Any]:
+    """The model of a record; of a folder the last part of its name."""
+    described = model.describe()
+    if Path(described["name"]).exists():
+        described["name"] = Path(described["name"]).name
+    return described
 
 
 def _check(result: "Result", max_kl: float | None, max_ppl_increase: float | None) -> None:

@@ -92,9 +92,16 @@ def run(
         try:
             answers.collect(pipe, as_messages(pipe, texts, chat, system), params)
         finally:
+            found = pipe.kv_stats().get("fidelity")
             if json:
-                console.emit_json(answers.document(model, config))
+                console.emit_json(answers.document(model, config) | ({"fidelity": found} if found else {}))
         console.say(answers.summary(config))
+        if found:
+            from kvq_core.bench.report import fidelity_table
+
+            table = fidelity_table(found)
+            lines = [table.columns, *([str(cell) for cell in row] for row in table.rows)]
+            console.say("\n".join([table.title, *map("  ".join, lines)]))
 
 
 def open_pipeline(model: str, config: EngineConfig) -> "Pipeline":

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kvq_core.bench.breakeven import sentences
 from kvq_core.bench.compare import Comparison
 from kvq_core.bench.record import RunRecord, read_records
 from kvq_core.bench.report import NAMES, is_on_cpu, number
+from kvq_core.bench.scores import Scheme, collect_scores
 from kvq_core.errors import KvqError
 
 TIE = 0.02
@@ -16,13 +16,10 @@ TIE = 0.02
 
 _SPEED = "output_throughput"
 
-Scheme = tuple[Any, ...]
-"""What tells policies apart, whatever they are called: key and value codec, sink, recent."""
-
 
 @dataclass(frozen=True)
 class Quality:
-    """KL divergence, nats per token, by policy, its models, and the records of `kvq eval` that say so."""
+    """What `kvq eval` measured, by policy, and on which models; `kl` in nats per token, of texts alone."""
 
     kl: Mapping[Scheme, float]
     models: frozenset[str]
@@ -42,14 +39,15 @@ def read_quality(paths: Iterable[Path]) -> Quality:
     kl: dict[Scheme, float] = {}
     records = read_records(paths)
     for record in records:
-        value = record.metrics.get("kl")
-        if value is None:
+        if not collect_scores([record]).names:
             raise KvqError(
-                f"the record {record.name} has no KL divergence",
+                f"the record {record.name} has no figure of quality",
                 "--quality takes what `kvq eval --output` wrote",
             )
-        scheme = record.scheme
-        kl[scheme] = max(value, kl.get(scheme, value))
+        value = record.metrics.get("kl")
+        if value is not None:
+            scheme = record.scheme
+            kl[scheme] = max(value, kl.get(scheme, value))
     return Quality(kl, frozenset(str(record.model.get("name")) for record in records), records)
 
 

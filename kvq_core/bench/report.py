@@ -8,6 +8,7 @@ from kvq_core.bench.compare import CHANGES, Comparison
 from kvq_core.bench.metrics import LATENCIES, PERCENTILES
 from kvq_core.bench.record import RunRecord
 from kvq_core.bench.repeats import usable
+from kvq_core.bench.scores import Scores, has_speed
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -78,19 +79,26 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{max(0, digits - whole)}f}"
 
 
-def comparison_tables(comparison: Comparison, kl: Kl | None = None) -> list[Table]:
-    """Speed and memory, a row a record, every figure with its change against the baseline.
+def comparison_tables(
+    comparison: Comparison, kl: Kl | None = None, scores: Scores | None = None
+) -> list[Table]:
+    """Speed and memory, a row a record, every figure with its change against the baseline; then quality.
 
-    `kl` gives a record's quality, nats per token, where it was measured.
+    `kl` gives a record's drift, nats per token, where it was measured; it stands beside speed.
     """
+    quality = [] if scores is None or not scores.names else [_quality_table(comparison, scores)]
+    if not any(map(has_speed, comparison.records)):
+        return quality
     figures = speed_figures(comparison.records)
     speed, memory = [], []
     queued = any((record.get("mean_waiting") or 0) > 0 for record in comparison.records)
     for i in comparison.order:
         record = comparison.records[i]
+        if not has_speed(record):
+            continue
         name = Cell(comparison.names[i] + ("" if record.complete else " (incomplete)"))
-        quality = [] if kl is None else [Cell(number(kl(record)))]
-        speed.append([name, *(_cell(comparison, i, figure) for figure in figures), *quality])
+        drift = [] if kl is None else [Cell(number(kl(record)))]
+        speed.append([name, *(_cell(comparison, i, figure) for figure in figures), *drift])
         queue = [Cell(number(record.get(key))) for key in QUEUE]
         memory.append([name, *_memory_cells(record), *(queue if queued else [])])
     return [
@@ -102,7 +110,18 @@ def comparison_tables(comparison: Comparison, kl: Kl | None = None) -> list[Tabl
             ["policy", *MEMORY, *(QUEUE.values() if queued else [])],
             memory,
         ),
+        *quality,
     ]
+
+
+def _quality_table(comparison: Comparison, scores: Scores) -> Table:
+    """A row a policy: what `kvq eval` found for it."""
+    rows = {record.scheme: (comparison.names[i], record) for i, record in enumerate(comparison.records)}
+    return Table(
+        "quality (± one standard error)",
+        ["policy", *scores.names],
+        [[Cell(name), *map(Cell, scores.cells(record))] for name, record in rows.values()],
+    )
 
 
 def speed_figures(records: Sequence[RunRecord]) -> list[Figure]:
@@ -202,7 +221,7 @@ def is_on_cpu(records: Sequence[RunRecord]) -> bool:
 def notes(records: Sequence[RunRecord]) -> list[str]:
     """What was measured, and whose speeds these are."""
     lines = list(dict.fromkeys(conditions(record) for record in records))
-    if is_on_cpu(records):
+    if is_on_cpu([record for record in records if has_speed(record)]):
         lines.append(REFERENCE_NOTE)
     return lines + list(dict.fromkeys(record.note for record in records if record.note))
 
@@ -211,7 +230,7 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     baselines = dict.fromkeys(
         comparison.names[i] for i in range(len(comparison.records)) if comparison.is_baseline(i)
     )
-    lines = [f"changes are against {', '.join(baselines)}"]
+    lines = [f"changes are against {', '.join(baselines)}"] * any(map(has_speed, comparison.records))
     if comparison.resumed:
         lines.append(comparison.resumed)
     counts = {len(usable(runs)) for runs in comparison.runs}
@@ -253,21 +272,44 @@ def run_tables(record: RunRecord) -> list[Table]:
     return [
         Table(title, ["", "value"], [[Cell(name), Cell(value)] for name, value in summary]),
         Table("", ["latency, ms", *figures], latencies),
+        *([fidelity_table(kv["fidelity"])] if kv.get("fidelity") else []),
     ]
 
 
-def markdown(comparison: Comparison, advice: Sequence[str] = (), kl: Kl | None = None) -> str:
-    """One Markdown table, a row a record, and the notes, advice and warnings under it."""
-    speed, memory = comparison_tables(comparison, kl)
-    columns = [
-        heading.replace("pre-\n", "pre").replace("\n", " ") for heading in speed.columns + memory.columns[1:]
+def fidelity_table(found: dict[str, Any]) -> Table:
+    """By layer, how far attention through the codec is off."""
+    rows = [
+        [Cell(str(layer)), Cell(f"{mean:.2e}"), Cell(f"{worst:.2e}")]
+        for layer, (mean, worst) in enumerate(zip(found["mean_errors"], found["worst_errors"], strict=True))
     ]
-    rows = [left + right[1:] for left, right in zip(speed.rows, memory.rows, strict=True)]
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *([str(cell) for cell in row] for row in rows)]
-    text = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    title = f"fidelity: relative error of attention over {found['window']} tokens"
+    title += f", {found['steps']} steps checked, {found['jumps']} jumps"
+    return Table(title, ["layer", "mean", "worst"], rows)
+
+
+def markdown(
+    comparison: Comparison,
+    advice: Sequence[str] = (),
+    kl: Kl | None = None,
+    scores: Scores | None = None,
+) -> str:
+    """Speed and memory in one Markdown table, a row a record; quality in another; then all remarks."""
+    *speed, last = comparison_tables(comparison, kl, scores)
+    tables = [last]
+    if speed:
+        left, right, *rest = [*speed, last]
+        joined = [a + b[1:] for a, b in zip(left.rows, right.rows, strict=True)]
+        tables = [Table("", left.columns + right.columns[1:], joined), *rest]
     remarks = [f"- {note}" for note in [*comparison_notes(comparison), *advice]]
     remarks += [f"- **warning**: {warning}" for warning in comparison.warnings()]
-    return "\n".join([*text, "", *remarks])
+    return "\n\n".join([*map(_markdown_table, tables), "\n".join(remarks)])
+
+
+def _markdown_table(table: Table) -> str:
+    columns = [heading.replace("pre-\n", "pre").replace("\n", " ") for heading in table.columns]
+    rows = [[str(cell) for cell in row] for row in table.rows]
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def frame(comparison: Comparison) -> "DataFrame":

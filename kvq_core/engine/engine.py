@@ -12,6 +12,7 @@ import torch
 from kvq_core.cache.paged import PagedCache
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.compiled import compile_layers, or_uncompiled
+from kvq_core.engine.fidelity import Fidelity
 from kvq_core.engine.joint import join_projections
 from kvq_core.engine.memory import fit_cache
 from kvq_core.engine.request import Request, RequestOutput, Status
@@ -82,11 +83,15 @@ class Engine:
             ),
             self.cache.blocks,
         )
+        self.fidelity: Fidelity | None = None
+        if self.config.fidelity:
+            self.fidelity = Fidelity(self.cache, self.config.fidelity, self.config.seed, model.dtype)
         self.runner = ModelRunner(
             model,
             self.cache,
             self.config.seed,
             token_budget=self.config.max_num_batched_tokens,
+            fidelity=self.fidelity,
         )
         if not self.config.enforce_eager:
             try:
@@ -193,24 +198,31 @@ class Engine:
         """Forget peaks and counts; cached prefixes stay."""
         self.scheduler.preemptions = self.scheduler.prompt_tokens = self.scheduler.cached_tokens = 0
         self.cache.blocks.reset_peak()
+        if self.fidelity is not None:
+            self.fidelity.reset()
 
     def kv_stats(self) -> dict[str, Any]:
         """What the cache holds and costs; the `kv` part of a run record."""
         plan = self.plan
-        return {
-            "bits_per_element": plan.bits_per_element,
-            "bytes_per_token": plan.bytes_per_token,
-            "memory_bytes": plan.memory_bytes,
-            "page_size": plan.page_size,
-            "pages": sum(g.num_pages - 1 for g in plan.groups),
-            "capacity_tokens": plan.capacity_tokens,
-            "capacity_ratio": plan.capacity_ratio,
-            "biased_key_layers": sum(layer.bias is not None for layer in self.cache.layers),
-            "raw_window_bytes": plan.max_num_seqs * plan.raw_bytes_per_request,
-            "peak_tokens": self.cache.blocks.peak_tokens,
-            "tokens": self.cache.blocks.tokens,
-            "preemptions": self.scheduler.preemptions,
-        } | ({"prefix_hit_rate": self.prefix_hit_rate} if self.config.prefix_caching else {})
+        measured = {"fidelity": self.fidelity.summary()} if self.fidelity is not None else {}
+        return (
+            measured
+            | {
+                "bits_per_element": plan.bits_per_element,
+                "bytes_per_token": plan.bytes_per_token,
+                "memory_bytes": plan.memory_bytes,
+                "page_size": plan.page_size,
+                "pages": sum(g.num_pages - 1 for g in plan.groups),
+                "capacity_tokens": plan.capacity_tokens,
+                "capacity_ratio": plan.capacity_ratio,
+                "biased_key_layers": sum(layer.bias is not None for layer in self.cache.layers),
+                "raw_window_bytes": plan.max_num_seqs * plan.raw_bytes_per_request,
+                "peak_tokens": self.cache.blocks.peak_tokens,
+                "tokens": self.cache.blocks.tokens,
+                "preemptions": self.scheduler.preemptions,
+            }
+            | ({"prefix_hit_rate": self.prefix_hit_rate} if self.config.prefix_caching else {})
+        )
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -221,7 +233,7 @@ class Engine:
         """Drop all requests and give the cache's memory back; the model stays."""
         self._in_flight.clear()
         self._requests.clear()
-        del self.runner, self.scheduler, self.cache
+        del self.runner, self.scheduler, self.cache, self.fidelity
         if self.model.device.type == "cuda":
             import gc
 

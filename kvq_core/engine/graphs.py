@@ -89,9 +89,9 @@ class StepGraphs:
         """Forget what was captured."""
         self._graphs.clear()
 
-    def run(self, sizes: Sizes, packed: Tensor) -> tuple[StepInputs, Tensor]:
+    def run(self, sizes: Sizes, packed: Tensor, eager: bool = False) -> tuple[StepInputs, Tensor]:
         """Run a step whose packed inputs lie in pinned memory; logits are valid until the next run."""
-        if sizes not in self._graphs:
+        if eager or sizes not in self._graphs:
             inputs = StepInputs.unpack(packed.to(self._device, non_blocking=True), sizes)
             return inputs, self._run(inputs, sizes)
         graph, static, inputs, logits = self._graphs[sizes]

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvq_core.attention import StepContext, forward_context
 from kvq_core.batch import Batch, GroupTables
 from kvq_core.cache.paged import PagedCache
+from kvq_core.engine.fidelity import Fidelity
 from kvq_core.engine.graphs import StepGraphs
 from kvq_core.engine.inputs import Sizes, StepInputs, pack
 from kvq_core.engine.logprobs import TokenLogprob, log_probabilities, to_list
@@ -48,7 +49,15 @@ class PendingTokens:
 class ModelRunner:
     """A model, its cache, and the device state that outlives a step: the latest token of every row."""
 
-    def __init__(self, model: LoadedModel, cache: PagedCache, seed: int, *, token_budget: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        cache: PagedCache,
+        seed: int,
+        *,
+        token_budget: int,
+        fidelity: Fidelity | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.seed = seed
@@ -57,6 +66,7 @@ class ModelRunner:
         self.last_tokens = torch.zeros(self.padding_row + 1, dtype=torch.int64, device=self.device)
         self.on_logits: Callable[[list[int], Tensor], None] | None = None
         """Called with request ids and their logits before they are sampled."""
+        self.fidelity = fidelity
         self._checked = False
         self.graphs: StepGraphs | None = None
         if self.device.type == "cuda":
@@ -83,8 +93,9 @@ class ModelRunner:
         sizes = self.graphs.fit(exact) if self.graphs is not None else None
         policy = self.cache.plan.policy
         packed = pack(step, sizes or exact, self.padding_row, policy.sink, policy.recent)
+        measured = self.fidelity is not None and self.fidelity.plan(step)
         if self.graphs is not None and sizes is not None:
-            inputs, logits = self.graphs.run(sizes, self._pinned(packed))
+            inputs, logits = self.graphs.run(sizes, self._pinned(packed), eager=measured)
         else:
             inputs = StepInputs.unpack(self._upload(packed), exact)
             longest = max((c.end - c.start for c in step.chunks), default=0)
@@ -92,6 +103,9 @@ class ModelRunner:
             logits = self._forward(inputs, longest, history, max(step.context_lens, default=0), padded=False)
         for row, chunk in step.raw_out:
             self.cache.raw_out(row, chunk)
+        if measured:
+            assert self.fidelity is not None
+            self.fidelity.finish()
         return self._sample(step, logits, inputs)
 
     @property
@@ -158,7 +172,7 @@ class ModelRunner:
             tokens = torch.arange(inputs.ids.shape[0], device=self.device)
             valid = torch.cat([inputs.context_lens > 0, tokens < inputs.boundaries[-1]])
         keep = torch.cat([torch.arange(decodes, device=self.device), inputs.ends + decodes])
-        context = StepContext(batch, self.cache, valid, None if self._checked else {})
+        context = StepContext(batch, self.cache, valid, None if self._checked else {}, self.fidelity)
         with forward_context(self.model.model, context):
             output = self.model.model(
                 input_ids=ids[None],

@@ -4,7 +4,8 @@ One plain forward then shows what a policy does to a model: prefill over fresh k
 engine does it for speed, would hide the quantization.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,17 @@ class ReadBack:
     """Called with the layer, its keys and its values [Hkv, T, D]."""
 
 
+@contextmanager
+def attention_of(model: LoadedModel, name: str) -> Iterator[None]:
+    """Let transformers' model use the attention registered under `name`, for a while."""
+    before = model.model.config._attn_implementation
+    model.model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.model.set_attn_implementation(before)
+
+
 def logits(
     model: LoadedModel,
     ids: Tensor,
@@ -45,27 +57,26 @@ def logits(
     key_bias: str = "auto",
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """ids [L] -> logits [L, V] of a plain forward whose keys and values pass through the policy's codecs."""
+    """ids [L] or [B, L] -> logits [(B,) L, V] of a plain forward whose keys and values pass the codecs.
+
+    Rows of a batch may be padded on the right: no token looks ahead.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, read_back_attention)
     windows = tuple(layer.window for layer in model.geometry.layers)
+    batch = ids if ids.dim() == 2 else ids[None]
     biases = {}
     if model.key_biases is not None and key_bias == "auto" and policy.is_quantized:
-        biases = model.key_biases.layers(ids.shape[0])
-    before = model.model.config._attn_implementation
-    model.model.set_attn_implementation(NAME)
-    try:
-        with torch.inference_mode():
-            output = model.model(
-                input_ids=ids[None].to(model.device),
-                position_ids=torch.arange(ids.shape[0], device=model.device)[None],
-                use_cache=False,
-                read_back=ReadBack(policy.by_layer(len(windows)), windows, prompt_len, biases, observe),
-            )
-    finally:
-        model.model.set_attn_implementation(before)
-    return output.logits[0]
+        biases = model.key_biases.layers(batch.shape[1])
+    with attention_of(model, NAME), torch.inference_mode():
+        output = model.model(
+            input_ids=batch.to(model.device),
+            position_ids=torch.arange(batch.shape[1], device=model.device)[None],
+            use_cache=False,
+            read_back=ReadBack(policy.by_layer(len(windows)), windows, prompt_len, biases, observe),
+        )
+    return output.logits if ids.dim() == 2 else output.logits[0]
 
 
 def read_back_attention(
@@ -82,19 +93,19 @@ def read_back_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, Hq, T, Dk], key and value [1, Hkv, T, D] -> output [1, T, Hq, Dv].
+    """query [B, Hq, T, Dk], key and value [B, Hkv, T, D] -> output [B, T, Hq, Dv].
 
     A query at t reads j < sink and j > t - recent as they are, all others through the codec.
     """
     index: int = module.layer_idx  # type: ignore[assignment]
     policy, window = read_back.policies[index], read_back.windows[index]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    (heads, tokens, _), kv_heads = query[0].shape, key.shape[1]
+    (batch, heads, tokens, _), kv_heads = query.shape, key.shape[1]
     groups = heads // kv_heads
-    q = query[0].unflatten(0, (kv_heads, groups))
-    k, v = key[0], value[0]
+    q = query.unflatten(1, (kv_heads, groups))
+    k, v = key, value
     if read_back.observe is not None:
-        read_back.observe(index, k, v)
+        read_back.observe(index, k[0], v[0])
     v_read = get_codec(policy.value).roundtrip(v)
     if index in read_back.biases and policy.key != "none":
         constant = read_back.biases[index].at(torch.arange(tokens, device=k.device)).transpose(0, 1)
@@ -102,16 +113,16 @@ def read_back_attention(
     else:
         k_read = get_codec(policy.key).roundtrip(k)
     mixed = policy.is_quantized and bool(policy.sink or policy.recent or read_back.prompt_len)
-    output = value.new_empty(tokens, heads, value.shape[-1])
+    output = value.new_empty(batch, tokens, heads, value.shape[-1])
     positions = torch.arange(tokens, device=query.device)
     for start in range(0, tokens, BLOCK):
         end = min(start + BLOCK, tokens)
         t, j = positions[start:end, None], positions[None, :end]
-        rows = q[:, :, start:end].flatten(1, 2)
+        rows = q[..., start:end, :].flatten(2, 3)
         fresh = (j < policy.sink) | (j > t - policy.recent) | (t < read_back.prompt_len)
 
         def scores(keys: Tensor, rows: Tensor = rows, end: int = end) -> Tensor:
-            return (rows @ keys[:, :end].mT).unflatten(1, (groups, -1))
+            return (rows @ keys[..., :end, :].mT).unflatten(2, (groups, -1))
 
         s = torch.where(fresh, scores(k), scores(k_read)) if mixed else scores(k_read)
         s = s.to(torch.promote_types(s.dtype, torch.float32)) * scale
@@ -119,16 +130,16 @@ def read_back_attention(
             s = softcap * torch.tanh(s / softcap)
         visible = (j <= t) & (j > t - window) if window else j <= t
         weights = _softmax(s.masked_fill(~visible, float("-inf")), s_aux).to(value.dtype)
-        out = (weights * ~fresh if mixed else weights).flatten(1, 2) @ v_read[:, :end]
+        out = (weights * ~fresh if mixed else weights).flatten(2, 3) @ v_read[..., :end, :]
         if mixed:
-            out += (weights * fresh).flatten(1, 2) @ v[:, :end]
-        output[start:end] = out.unflatten(1, (groups, -1)).flatten(0, 1).transpose(0, 1)
-    return output[None], None
+            out += (weights * fresh).flatten(2, 3) @ v[..., :end, :]
+        output[:, start:end] = out.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
+    return output, None
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """[Hkv, G, n, T] -> weights; attention sinks [Hq] take part in the sum alone."""
+    """[B, Hkv, G, n, T] -> weights; attention sinks [Hq] take part in the sum alone."""
     if sinks is None:
         return scores.softmax(-1)
-    column = sinks.to(scores.dtype).view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+    column = sinks.to(scores.dtype).view(*scores.shape[1:3], 1, 1).expand(*scores.shape[:4], 1)
     return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]

@@ -55,7 +55,9 @@ def make_app(engine: AsyncEngine, name: str, config: ServerConfig) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(engine.metrics.render(engine.load), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            engine.metrics.render(engine.load, engine.engine.fidelity), media_type=CONTENT_TYPE_LATEST
+        )
 
     @app.get("/v1/models")
     async def models() -> Any:

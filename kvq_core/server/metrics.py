@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from kvq_core.engine.engine import Load
+from kvq_core.engine.fidelity import Fidelity
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Upper bounds of the histograms' buckets."""
@@ -47,6 +48,14 @@ class Metrics:
             "kvq_prefix_cache_hit_tokens", "Those among them that the prefix cache held", registry=registry
         )
         self._seen: dict[Counter, int] = {}
+        self._errors = Gauge(
+            "kvq_fidelity_error",
+            "Relative error of a layer's attention against unquantized keys and values, running median",
+            ["layer"],
+            registry=registry,
+        )
+        self._checked = Gauge("kvq_fidelity_steps", "Decode steps that were checked", registry=registry)
+        self._jumps = Gauge("kvq_fidelity_jumps", "Errors far above a layer's median", registry=registry)
 
     def tokens(self, count: int, seconds: float, first: bool) -> None:
         """New tokens of a sequence, this long after its tokens before, or after its arrival."""
@@ -56,8 +65,13 @@ class Metrics:
     def ended(self, reason: str) -> None:
         self._ended.labels(reason).inc()
 
-    def render(self, load: Load) -> bytes:
+    def render(self, load: Load, fidelity: Fidelity | None = None) -> bytes:
         """Everything in Prometheus' text format."""
+        if fidelity is not None:
+            self._checked.set(fidelity.steps)
+            self._jumps.set(fidelity.jumps)
+            for index, layer in enumerate(fidelity.layers):
+                self._errors.labels(str(index)).set(layer.median)
         self._running.set(load.running)
         self._waiting.set(load.waiting)
         self._pages_used.set(load.pages_used)

@@ -122,7 +122,7 @@ def test_the_worst_of_several_measurements_counts(bench, write_json):
 
 
 def test_files_that_hold_no_quality(bench, write_json):
-    with pytest.raises(KvqError, match="has no KL divergence"):
+    with pytest.raises(KvqError, match="has no figure of quality"):
         read_quality([write_json("q.json", bench.record().to_dict())])
 
 
@@ -143,6 +143,8 @@ def test_the_command(kvq, bench, runs, write_json):
     assert len(json.loads(out)) == 4 and "recommended: 8 int8" in err
     code, _, err = kvq("compare", file, "--max-kl", 0.02)
     assert code == 2 and "--max-kl needs --quality" in err
+    code, out, _ = kvq("compare", file, "--quality", quality)
+    assert code == 0 and "recommended" not in out and "quality" in out and "0.0003" in out
     code, out, _ = kvq("compare", file, "--quality", quality, "--markdown")
     header, _, *rows = (line.split(" | ") for line in out.splitlines() if line.startswith("|"))
     assert [row[header.index("KL")] for row in rows] == ["0", "0.000", "0.100", "0.171"]

@@ -236,3 +236,33 @@ def test_ctrl_c_keeps_the_windows_that_were_measured(
     calls = 3
     code, _, _ = run(capsys, *options, "--policies", "42", "--limit", 3)
     assert code == 130
+
+
+def test_tasks_give_rows_that_compare_shows(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"context": f"a b c {i}", "continuation": "d"} for i in range(3)]
+    (tmp_path / "lambada.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = tmp_path / "tasks.json"
+    flags = ("--tasks", "lambada", "--tasks-path", tmp_path, "--policies", "none,42", "--limit", 2)
+    code, out, err = run(capsys, "--model", folder, *flags, "--output", record)
+    assert code == 0 and "lambada_acc" in out and "the first 2 samples" in err and "it/s" not in err
+    records = read_records([record])
+    assert [r.label for r in records] == ["none", "turbo"]
+    assert records[0].workload["samples"] == {"lambada": 2}
+    assert records[0].metrics["lambada_perplexity"] != records[1].metrics["lambada_perplexity"]
+    with pytest.raises(SystemExit):
+        main(["compare", str(record), "--markdown"])
+    table = capsys.readouterr().out
+    assert "| 42 turbo |" in table and "lambada_perplexity" in table and "speed" not in table
+
+
+def test_flags_of_tasks_and_of_texts_do_not_mix(capsys: pytest.CaptureFixture[str], text: Path) -> None:
+    for flags in (
+        ("--tasks", "needle", "--dataset-path", text),
+        ("--tasks", "needle", "--max-kl", 0),
+        ("--tasks", ","),
+        ("--num-fewshot", 2),
+    ):
+        code, _, err = run(capsys, *flags)
+        assert code == 2 and "hint:" in err

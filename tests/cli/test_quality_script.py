@@ -50,11 +50,22 @@ def test_table_and_picture_come_from_the_records(script: ModuleType, tmp_path: P
     for context in (512, 1024, 8192):
         write(script, "a.txt", context)
     write(script, "b.txt", 1024, factor=2)
+    task = record("turbo", "lambada", 1024, 0.0) | {"lambada_acc": 0.25, "lambada_acc_stderr": 0.05}
+    for name in ("ppl", "kl", "top1"):
+        del task[name]
+    task["workload"] |= {
+        "kind": "tasks",
+        "samples": {"lambada": 9},
+        "scores": ["lambada_acc", "lambada_acc_stderr"],
+    }
+    task["policy"] |= {"key": "turbo", "value": "lm2"}
+    (script.FOLDER / "tasks.json").write_text(json.dumps(task))
     script.render()
     table = (tmp_path / "results" / "quality.md").read_text()
     assert re.search(r"\| `turbo` \| 0.1400 \| 0.1400 \| 0.1400 \| 0.2800 \|", table)
     assert "| `42-rms` | 3.38 | 24.600 | +23.00% | 0.23000 | 0.11500 | 2.0700 | 90.00% |" in table
     assert "ab" * 32 in table
+    assert "The first 9 of lambada." in table and "| `turbo` | 0.2500 ±0.0500 |" in table
     picture = tmp_path / "results" / "quality.svg"
     first = picture.read_bytes()
     write(script, "b.txt", 1024, factor=3)

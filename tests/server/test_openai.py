@@ -184,6 +184,7 @@ def test_metrics(serve: Any) -> None:
     assert values["kvq_kv_pages"] == running.engine.kv_stats()["pages"]
     for name in ("requests_running", "requests_waiting", "kv_pages_used", "preemptions_total"):
         assert values[f"kvq_{name}"] == 0
+    assert values["kvq_fidelity_steps"] == 0 and 'kvq_fidelity_error{layer="0"}' not in values
 
 
 def test_metrics_of_the_prefix_cache(serve: Any) -> None:
@@ -195,3 +196,13 @@ def test_metrics_of_the_prefix_cache(serve: Any) -> None:
     assert f"kvq_prefix_cache_prompt_tokens_total {2 * len(LONG):.1f}" in lines
     assert "kvq_prefix_cache_hit_tokens_total 64.0" in lines
     assert "kvq_kv_pages_cached 4.0" in lines and "kvq_kv_pages_used 0.0" in lines
+
+
+def test_metrics_tell_of_fidelity(serve: Any) -> None:
+    running = serve(policy=42, fidelity=1.0)
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 8, "ignore_eos": True}
+    httpx.post(f"{running.url}/v1/completions", json=body).raise_for_status()
+    text = httpx.get(f"{running.url}/metrics").text
+    assert "kvq_fidelity_steps 7.0" in text and "kvq_fidelity_jumps 0.0" in text
+    errors = [line.split() for line in text.splitlines() if line.startswith("kvq_fidelity_error{")]
+    assert len(errors) == 2 and all(0 < float(value) < 1 for _, value in errors)
