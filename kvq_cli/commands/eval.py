@@ -254,7 +254,7 @@ def eval(
 def _refuse_with_tasks(dataset_path: Path | None, *others: object) -> None:
     flags = ("--dataset-path", "--through-engine", "--max-kl", "--max-ppl-increase")
     for flag, given in zip(flags, (dataset_path, *others), strict=True):
-        if given not in (None, False):
+        if given is not None and given is not False:
             raise UsageError(f"{flag} is about a text, and --tasks measures none", "run `kvq eval` twice")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -10,6 +11,7 @@ from functools import partial, partialmethod
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from kvq_core.errors import KvqError
 from kvq_core.models import LoadedModel
@@ -196,7 +198,7 @@ def _scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """No progress bars and advice from the harness."""
+    """No progress bars, advice and processes from the harness."""
     from tqdm import tqdm
 
     logger, start = logging.getLogger("lm_eval"), tqdm.__init__
@@ -204,7 +206,8 @@ def _quietly() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     tqdm.__init__ = partialmethod(start, disable=True)  # there is no setting for it
     try:
-        with redirect_stdout(io.StringIO()):
+        # Its bootstrap forks a pool of processes; a fork of torch's threads may hang.
+        with redirect_stdout(io.StringIO()), patch.dict(os.environ, DISABLE_MULTIPROC="1"):
             yield
     finally:
         logger.setLevel(before)

@@ -96,7 +96,8 @@ def test_policy_none_equals_the_harness_own_backend(
     theirs = HFLM(str(model_folder), dtype="float32", device="cpu", batch_size=batch_size)
     manager = TaskManager(include_defaults=False)
     loaded = tasks._load(manager, specs(names, folder), 2, 0)
-    found = evaluate(theirs, task_dict=loaded, bootstrap_iters=tasks.BOOTSTRAPS, log_samples=False)
+    with tasks._quietly():
+        found = evaluate(theirs, task_dict=loaded, bootstrap_iters=tasks.BOOTSTRAPS, log_samples=False)
     assert ours.scores == tasks._scores(found["results"])
     assert ours.samples == dict.fromkeys(names, 6)
 
