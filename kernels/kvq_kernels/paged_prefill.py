@@ -8,7 +8,6 @@ On sm_80 and later, codes are unpacked to fp16 by `unpack.py`; `bits.py` serves 
 that are no power of two, lm3 and qjl.
 """
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -611,9 +610,9 @@ def paged_prefill(
             geometry = _portable_geometry(layout, rows, device)
         geometry = _geometries[0] or geometry
         grid, options = cut(geometry)
-        splits = _num_splits(
-            math.prod(grid), min(max_history, window or max_history) // geometry.tokens, device
-        )
+        # Of a graph's programs those that find a chunk count: chunks are as long as all tokens at most.
+        programs = triton.cdiv(tokens, max(1, geometry.rows // padded)) * layout.num_kv_heads
+        splits = _num_splits(programs, min(max_history, window or max_history) // geometry.tokens, device)
         grid = (grid[0], grid[1], chunks * splits)
         earlier = torch.empty(splits, tokens, query_heads, value_dim, dtype=torch.float32, device=device)
         signs = torch.empty_like(earlier) if layout.value.scheme == "qjl" else earlier

@@ -13,7 +13,7 @@ from kvq_core.cache.blocks import BlockManager
 from kvq_core.cache.prefix import CachedChunk, chain_key
 from kvq_core.engine.request import Request, Status
 
-SMALLEST_CHUNK = 128
+SMALLEST_CHUNK = 256
 MOST_PAIRS = 1 << 22
 """Queries times earlier tokens of a chunk: what bounds how long it holds up the decodes beside it."""
 
