@@ -146,7 +146,7 @@ def test_the_command(kvq, bench, runs, write_json):
     code, out, _ = kvq("compare", file, "--quality", quality)
     assert code == 0 and "recommended" not in out and "quality" in out and "0.0003" in out
     code, out, _ = kvq("compare", file, "--quality", quality, "--markdown")
-    header, _, *rows = (line.split(" | ") for line in out.splitlines() if line.startswith("|"))
+    header, _, *rows = (line.split(" | ") for line in out.split("\n\n")[0].splitlines())
     assert [row[header.index("KL")] for row in rows] == ["0", "0.000", "0.100", "0.171"]
 
 

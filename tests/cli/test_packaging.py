@@ -87,5 +87,6 @@ def test_wheel_ships_every_module_and_the_sample(wheel: list[str]) -> None:
     assert "kvq_core/py.typed" in data
     assert any(name.startswith("kvq_core/bench/data/") and name.endswith(".json") for name in data)
     assert {"kvq_core/bench/assets/report.css", "kvq_core/bench/assets/report.js"} <= set(data)
-    folders = ("kvq_core/bench/data/", "kvq_core/bench/assets/")
+    assert "kvq_core/quality/task_files/lambada.yaml" in data
+    folders = ("kvq_core/bench/data/", "kvq_core/bench/assets/", "kvq_core/quality/task_files/")
     assert all(name.startswith(folders) or name.endswith("py.typed") for name in data)

@@ -223,4 +223,4 @@ def test_the_demo_model_served() -> None:
         remote = kvq("chat", "--url", served.url, "-n", "12", stdin=question + "\n")
         assert served.end() == 0
     local = kvq("chat", "--policy", "42", "--kv-memory", "64MiB", "-n", "12", stdin=question + "\n")
-    assert remote.stdout == local.stdout and len(remote.stdout.split()) > 8
+    assert remote.stdout == local.stdout and "Paris" in remote.stdout
