@@ -142,6 +142,7 @@ ChatModel = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
+        "--dtype",  # named, because typer 0.27 takes a metavar that is the same word for the name
         help="Type of weights and activations, and of the cache under policy 0: auto, bfloat16, float16, "
         "float32. `auto` takes the checkpoint's on a GPU, float32 on a CPU.",
         parser=parse_dtype,
@@ -152,6 +153,7 @@ Dtype = Annotated[
 Device = Annotated[
     str,
     typer.Option(
+        "--device",
         help="auto (a GPU if there is one), cpu, cuda or cuda:N.",
         parser=parse_device,
         metavar="DEVICE",

@@ -53,6 +53,7 @@ def chat(
     url: Annotated[
         str | None,
         typer.Option(
+            "--url",
             metavar="URL",
             help="Talk to this server, `kvq serve` or any other with OpenAI's interface, as in "
             "`http://localhost:8000`.",

@@ -74,6 +74,7 @@ def compare(
     mode: Annotated[
         str,
         typer.Option(
+            "--mode",
             metavar="MODE",
             parser=parse_mode,
             help="equal-memory: the same memory for every policy, --concurrency requests in flight; those "
