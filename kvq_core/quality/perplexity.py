@@ -59,7 +59,8 @@ def load_for_evaluation(name: str, *, dtype: str = "auto", device: str = "auto")
 
     Rounding decides on which side of an edge a code falls, and later layers make more of it: float32 runs
     that sum in another order (threads, BLAS, a fused attention) differ by 2 to 3% in the KL of a 3-bit
-    policy. In float64 the figure belongs to the policy and not to the machine.
+    policy. In float64 little is left of that on one machine; another one may still differ as much, because
+    models take their norms in float32.
     """
     place = resolve_device(device)
     if place.type == "cpu" and dtype in ("auto", "float32"):
