@@ -139,7 +139,7 @@ def test_latencies_are_those_of_the_stream(bench, server):
     result = replay(server, bench.requests(2, output_len=5))
     for trace in result.traces:
         assert 0.05 <= trace.ttft < 0.25
-        assert 0.05 <= trace.tpot < 0.1
+        assert 0.045 <= trace.tpot < 0.1  # below 0.05 where the first token was read late
         assert len(trace.itl) == 4 and trace.e2el == pytest.approx(0.25, abs=0.15)
 
 
