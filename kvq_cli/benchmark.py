@@ -190,11 +190,12 @@ class Work:
     limits: dict[str, float]
 
     def cell(self, policy: Policy, repeat: int | None) -> "SweepCell":
+        from kvq_core.bench.record import scheme_of
         from kvq_core.bench.run import describe_work
         from kvq_core.bench.sweep import Cell
 
-        scheme = (policy.key, policy.value, policy.sink, policy.recent)
-        return Cell(scheme, describe_work(self.workload, self.load, self.limits), repeat)
+        work = describe_work(self.workload, self.load, self.limits)
+        return Cell(scheme_of(policy.describe()), work, repeat)
 
     @property
     def longest(self) -> int:

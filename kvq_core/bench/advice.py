@@ -27,8 +27,8 @@ class Quality:
 
     def of(self, record: RunRecord) -> float | None:
         """None where it was not measured; an unquantized cache has 0 by definition."""
-        scheme = record.scheme
-        return 0.0 if scheme[:2] == ("none", "none") else self.kl.get(scheme)
+        key, value, _, _, *layers = record.scheme
+        return 0.0 if (key, value, layers) == ("none", "none", []) else self.kl.get(record.scheme)
 
 
 def read_quality(paths: Iterable[Path]) -> Quality:

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,12 @@ REQUIRED = (
 
 _NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")
 """A list of numbers over many lines, which is written on one; no string of JSON holds a line break."""
+
+
+def scheme_of(policy: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells policies of records apart, whatever they are called: codecs, sink, recent, layers."""
+    window = policy.get("sink") or 0, policy.get("recent") or 0
+    return policy.get("key"), policy.get("value"), *window, *(policy.get("layers") or ())
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,8 @@ class RunRecord:
 
     @property
     def scheme(self) -> tuple[Any, ...]:
-        """What tells policies apart, whatever they are called: key and value codec, sink, recent, layers."""
-        policy = self.policy
-        window = policy.get("sink") or 0, policy.get("recent") or 0
-        return policy.get("key"), policy.get("value"), *window, *(policy.get("layers") or ())
+        """`scheme_of` its policy."""
+        return scheme_of(self.policy)
 
     @property
     def is_remote(self) -> bool:

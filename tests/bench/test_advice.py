@@ -1,6 +1,7 @@
 """Recommendations and break-even lines, by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -148,6 +149,13 @@ def test_the_command(kvq, bench, runs, write_json):
     code, out, _ = kvq("compare", file, "--quality", quality, "--markdown")
     header, _, *rows = (line.split(" | ") for line in out.split("\n\n")[0].splitlines())
     assert [row[header.index("KL")] for row in rows] == ["0", "0.000", "0.100", "0.171"]
+
+
+def test_layers_make_another_policy_of_it(bench, quality):
+    measured = quality(none=0.0)
+    plain = run(bench, "none", 0, 1.0, 1000)
+    assert measured.of(plain) == 0
+    assert measured.of(replace(plain, policy=plain.policy | {"layers": ["0=int4"]})) is None
 
 
 def test_a_limit_at_p99_rules_out(bench):

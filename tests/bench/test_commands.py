@@ -70,11 +70,9 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
             self.polls = 0
 
         def info(self) -> TargetInfo:
-            p = self.policy
-            policy = {"name": p.label, "number": p.number, "key": p.key, "value": p.value, "sink": p.sink}
             return TargetInfo(
                 {"name": "fake", "dtype": "float32"},
-                policy | {"recent": p.recent},
+                self.policy.describe(),
                 {"device": "cpu", "kv_memory": 1 << 30},
             )
 
@@ -568,6 +566,13 @@ def test_resuming_measures_what_is_missing(kvq, fakes, tmp_path):
     other = ("compare", *SWEEP[:-1], 9, "--output", file, "--resume")
     code, _, err = kvq(*other)
     assert code == 1 and "is not a cell of this sweep" in err and json.loads(file.read_text()) == records
+
+
+def test_a_sweep_of_policies_by_layer_is_resumed_too(kvq, fakes, tmp_path):
+    flags = ("compare", "--policies", "0,4@0=8", *SWEEP[2:], "--output", tmp_path / "s.json", "--resume")
+    assert kvq(*flags)[0] == 0
+    code, _, err = kvq(*flags)
+    assert code == 0 and "resuming: 8 of 8 cells are measured already, 0 to go" in err
 
 
 def test_an_equal_batch_must_fit(kvq, fakes):
