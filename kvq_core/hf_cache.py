@@ -24,7 +24,6 @@ from transformers.cache_utils import (
 )
 
 from kvq_core.codecs import BaseCodec, get_codec
-from kvq_core.codecs.base import hadamard, working_dtype
 from kvq_core.errors import KvqError
 from kvq_core.policies import Policy, get_policy
 
@@ -122,9 +121,7 @@ class CodecLayer(CacheLayerMixin):
             codec.check_head_dim(dim)
         batch, heads = key_states.shape[:2]
         empty = [x[..., :0, :] for x in (key_states, value_states)]
-        self._records = [
-            part for codec, x in zip(self.codecs, empty, strict=True) for part in _encode(codec, x)
-        ]
+        self._records = [part for codec, x in zip(self.codecs, empty, strict=True) for part in codec.write(x)]
         self._recent = empty if self.policy.recent else []
         if self.policy.sink:
             shape = (batch, heads, self.policy.sink)
@@ -226,7 +223,7 @@ class CodecLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def _write(self, new: list[Tensor]) -> None:
-        encoded = [part for codec, x in zip(self.codecs, new, strict=True) for part in _encode(codec, x)]
+        encoded = [part for codec, x in zip(self.codecs, new, strict=True) for part in codec.write(x)]
         self._records = [torch.cat(parts, -2) for parts in zip(self._records, encoded, strict=True)]
         if self._recent:
             self._recent = [torch.cat(parts, -2) for parts in zip(self._recent, new, strict=True)]
@@ -244,7 +241,7 @@ class CodecLayer(CacheLayerMixin):
         out = []
         for index, (codec, dim) in enumerate(zip(self.codecs, self._dims, strict=True)):
             codes, meta = (x[..., x.shape[-2] - count :, :] for x in self._records[2 * index : 2 * index + 2])
-            out.append(_decode(codec, codes, meta, dim, self.dtype))
+            out.append(codec.read(codes, meta, dim, self.dtype))
         raw = min(recent, count, self._recent[0].shape[-2]) if self._recent else 0
         if raw > 0:
             for x, held in zip(out, self._recent, strict=True):
@@ -270,19 +267,3 @@ def _last(x: Tensor, count: int) -> Tensor:
     """The last columns of [..., N, D], in memory of their own: a view would keep all the others alive."""
     first = x.shape[-2] - count
     return x[..., first:, :].clone() if first > 0 else x
-
-
-def _encode(codec: BaseCodec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., D] in the model's dtype -> codes and metadata."""
-    if not codec.num_meta:
-        return codec.encode(x)
-    work = x.to(working_dtype(x.dtype))
-    return codec.encode(hadamard(work) if codec.rotated else work)
-
-
-def _decode(codec: BaseCodec, codes: Tensor, meta: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """[..., D] in `dtype`, rotated back."""
-    if not codec.num_meta:
-        return codec.decode(codes, meta, head_dim, dtype)
-    x = codec.decode(codes, meta, head_dim, working_dtype(dtype))
-    return (hadamard(x) if codec.rotated else x).to(dtype)

@@ -109,13 +109,24 @@ class BaseCodec(ABC):
                 "use policy 0, which takes any: `--policy 0`",
             )
 
+    def write(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., D] in the model's dtype and basis -> codes and metadata, as a cache stores them."""
+        if not self.num_meta:
+            return self.encode(x)
+        work = x.to(working_dtype(x.dtype))
+        return self.encode(hadamard(work) if self.rotated else work)
+
+    def read(self, codes: Tensor, meta: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """The inverse, [..., D] in `dtype`, rotated back."""
+        if not self.num_meta:
+            return self.decode(codes, meta, head_dim, dtype)
+        decoded = self.decode(codes, meta, head_dim, working_dtype(dtype))
+        return (hadamard(decoded) if self.rotated else decoded).to(dtype)
+
     def roundtrip(self, x: Tensor) -> Tensor:
         """[..., D] -> what a reader of the cache sees of it, rotated back, in `x.dtype`."""
         self.check_head_dim(x.shape[-1])
-        work = x.to(working_dtype(x.dtype))
-        codes, meta = self.encode(hadamard(work) if self.rotated else work)
-        decoded = self.decode(codes, meta, x.shape[-1], work.dtype)
-        return (hadamard(decoded) if self.rotated else decoded).to(x.dtype)
+        return self.read(*self.write(x), x.shape[-1], x.dtype)
 
 
 def bounded(x: Tensor) -> Tensor:
