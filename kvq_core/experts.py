@@ -1,7 +1,8 @@
 """The experts function that transformers' mixture-of-experts layers call: `experts_implementation="kvq"`.
 
-Steps of few tokens go through `kvq_kernels.moe`, bound by reading each expert's weights once; larger ones,
-and experts of another form (biases, transposed weights, other activations), through torch's grouped GEMM.
+Steps of few tokens go through kernels of our own, bound by reading each expert's weights once; larger ones
+through torch's grouped GEMM: both in `kvq_kernels.moe`. Experts of another form (biases, transposed weights,
+other activations) go through transformers' own function.
 Routers that take the softmax of their logits and its largest entries do so in one launch.
 """
 
@@ -67,7 +68,7 @@ def _experts_op(
     place: Tensor | None,
 ) -> Tensor:
     if hidden.shape[0] > moe.MAX_TOKENS:
-        return _grouped(hidden, top_k_index, top_k_weights, gate_up, down)
+        return moe.grouped_experts(hidden, top_k_index, top_k_weights, gate_up, down)
     valid = None if place is None else running_context(place)[0].valid
     return moe.experts(hidden, top_k_index, top_k_weights, gate_up, down, valid)
 
@@ -82,23 +83,6 @@ def _(
     place: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(hidden)
-
-
-def _grouped(
-    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """The same through grouped GEMMs over tokens sorted by expert."""
-    tokens, top_k = top_k_index.shape
-    chosen, order = top_k_index.reshape(-1).sort()
-    numbers = torch.arange(down.shape[0], device=hidden.device)
-    ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
-    gate, up = torch._grouped_mm(hidden[order // top_k], gate_up.transpose(-1, -2), offs=ends).chunk(2, -1)
-    act = torch.nn.functional.silu(gate) * up
-    parts = torch._grouped_mm(act, down.transpose(-1, -2), offs=ends)
-    parts = parts * top_k_weights.reshape(-1)[order, None]
-    # Back into the tokens' order before summing: additions in a fixed order, unlike atomics.
-    unsorted = torch.empty_like(parts).index_copy_(0, order, parts)
-    return unsorted.view(tokens, top_k, -1).float().sum(1).to(hidden.dtype)
 
 
 # --- routers ------------------------------------------------------------------------------------------------

@@ -55,6 +55,20 @@ if INSIDE or torch.cuda.is_available():
         error = (out.double() - expected)[rows].norm() / expected[rows].norm()
         assert error < 2e-3
 
+    @pytest.mark.parametrize("tokens,top_k,count", [(1, 2, 8), (37, 2, 5), (300, 4, 300)])
+    def test_large_steps_equal_the_twin(tokens: int, top_k: int, count: int) -> None:
+        generator = torch.Generator().manual_seed(tokens)
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator).to(DEVICE, torch.bfloat16)
+
+        x, gate_up, down = normal(tokens, 128), normal(count, 192, 128) / 11, normal(count, 128, 96) / 10
+        weights, index = normal(tokens, count).float().softmax(-1).topk(top_k, -1)
+        index[-1, 0] = count - 1
+        out = moe.grouped_experts(x, index, weights.bfloat16(), gate_up, down)
+        expected = reference.experts(x.double(), index, weights.bfloat16().double(), gate_up, down)
+        assert (out.double() - expected).norm() / expected.norm() < 1e-2
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
     @pytest.mark.parametrize("count,top_k", [(128, 8), (60, 4), (8, 2), (5, 1)])
     def test_route_equals_the_twin(count: int, top_k: int, dtype: torch.dtype) -> None:
