@@ -1,4 +1,4 @@
-"""Experts of a mixture-of-experts layer: at the speed of memory in steps of few tokens, by grouped GEMMs else.
+"""Experts of a mixture-of-experts layer: at the speed of memory for few tokens, by grouped GEMMs for many.
 
 A decode step gives each expert a handful of tokens, so its time is that of reading the weights once. Weights
 are the M side of every product and tokens the N side: few tokens waste nothing. Four launches: each expert's
