@@ -43,7 +43,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Requests that run at the same time."""
     max_num_batched_tokens: int | None = None
-    """Tokens one step may carry; None: prefill_chunk + max_num_seqs on a CPU, 4 chunks on a GPU."""
+    """Tokens one step may carry; None: max_num_seqs and a chunk, on a GPU up to 4 within 8,192 tokens."""
     prefill_chunk: int = 2048
     """Prompts are processed in chunks of this many tokens, counted from the prompt's start; far into a long
     one of half as many, a quarter and so on."""

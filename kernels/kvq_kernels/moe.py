@@ -14,8 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kvq_kernels.overlap import after_previous, launch_options
-
 MAX_TOKENS = 1024
 """Steps of more tokens are bound by arithmetic: torch's grouped GEMM serves them better."""
 UP_ROWS, DOWN_ROWS = 64, 128
@@ -30,10 +28,8 @@ second pass over the weights costs as much as the first."""
 def _route_kernel(
     logits_ptr, weights_ptr, index_ptr,
     E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token a program. Top-k as maxima of integers: a logit's bits, in its order, then the expert."""
-    after_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EP)
     logits = tl.load(logits_ptr + token * E + expert, mask=expert < E, other=float("-inf")).to(tl.float32)
@@ -63,10 +59,9 @@ def _route_kernel(
 @triton.jit
 def _lists_kernel(
     index_ptr, valid_ptr, lists_ptr, counts_ptr, num_pairs, capacity,
-    TOP_K: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    TOP_K: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program an expert: the pairs of valid tokens that chose it, in order, and how many they are."""
-    after_previous(OVERLAP)
     expert = tl.program_id(0)
     count = 0
     for start in range(0, num_pairs, BLOCK):
@@ -113,11 +108,10 @@ def _gate_up_columns(
 def _gate_up_kernel(
     x_ptr, weights, lists_ptr, counts_ptr, act_ptr, capacity,
     TOP_K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, IEEE: tl.constexpr, OVERLAP: tl.constexpr,
+    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """BM values of i of one expert, for all its tokens; FEW, SOME and MANY are the stages of tiles that hold
     16, 32 and 64 of them."""
-    after_previous(OVERLAP)
     tiles: tl.constexpr = I // BM
     expert = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -168,10 +162,9 @@ def _down_columns(
 def _down_kernel(
     act_ptr, weights, lists_ptr, counts_ptr, routing_ptr, out_ptr, capacity,
     H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, IEEE: tl.constexpr, OVERLAP: tl.constexpr,
+    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """BM values of h of one expert, for all its tokens; stages as in `_gate_up_kernel`."""
-    after_previous(OVERLAP)
     tiles: tl.constexpr = H // BM
     expert = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -196,11 +189,8 @@ def _down_kernel(
 
 
 @triton.jit
-def _sum_kernel(
-    pairs_ptr, out_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
+def _sum_kernel(pairs_ptr, out_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """out[t] = the sum of a token's TOP_K pairs, in their order."""
-    after_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -255,7 +245,6 @@ def route(logits: Tensor, top_k: int, normalize: bool, dtype: torch.dtype) -> tu
         _route_kernel[(tokens,)](
             logits, weights, index, E=count, EP=triton.next_power_of_2(count),
             TOP_K=top_k, KP=triton.next_power_of_2(top_k), NORMALIZE=normalize, num_warps=1,
-            **launch_options(logits.device),
         )  # fmt: skip
     return weights, index
 
@@ -285,13 +274,12 @@ def experts(
     act = torch.empty(pairs, intermediate, dtype=hidden.dtype, device=device)
     parts = torch.empty(pairs, width, dtype=hidden.dtype, device=device)
     out = torch.empty_like(hidden)
-    overlap = launch_options(device)
     block = min(1024, triton.next_power_of_2(pairs))
     _lists_kernel[(num_experts,)](
         top_k_index, top_k_index if valid is None else valid, lists, counts, pairs, tokens,
-        TOP_K=top_k, MASKED=valid is not None, BLOCK=block, num_warps=4, **overlap,
+        TOP_K=top_k, MASKED=valid is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    options = {"BK": 64, "IEEE": hidden.dtype == torch.float32, "num_warps": 4, **STAGES, **overlap}
+    options = {"BK": 64, "IEEE": hidden.dtype == torch.float32, "num_warps": 4, **STAGES}
     weights = TensorDescriptor.from_tensor(gate_up.view(-1, width), [UP_ROWS, 64])
     _gate_up_kernel[(num_experts * (intermediate // UP_ROWS),)](
         hidden, weights, lists, counts, act, tokens,
@@ -304,7 +292,7 @@ def experts(
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(width))
     _sum_kernel[(tokens, triton.cdiv(width, block))](
-        parts, out, H=width, TOP_K=top_k, BLOCK=block, num_warps=4, **overlap
+        parts, out, H=width, TOP_K=top_k, BLOCK=block, num_warps=4
     )
     return out
 

@@ -27,7 +27,6 @@ from kvq_kernels.codebook import qjl_projection, qjl_scale
 from kvq_kernels.exponent import LOG2E, cap, exponent_unit
 from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
-from kvq_kernels.overlap import after_previous, launch_options
 from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
 
 _MIN_TILES = 2
@@ -246,10 +245,9 @@ def _merge_kernel(
     VALUE: tl.constexpr, ROTATED: tl.constexpr, CAP: tl.constexpr,
     HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr,
     QUERY_HEADS: tl.constexpr, PP: tl.constexpr,
-    DV: tl.constexpr, DVP: tl.constexpr, OVERLAP: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """One request and query head a program: weigh the parts, rotate back, divide."""
-    after_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PP)
     d = tl.arange(0, DVP)
@@ -438,6 +436,6 @@ def paged_decode(
         HAS_RAW=raw is not None, HAS_SINKS=sinks is not None, QUERY_HEADS=query_heads,
         PP=triton.next_power_of_2(parts),
         DV=value_dim, DVP=triton.next_power_of_2(value_dim),
-        num_warps=_merge_warps(layout.value, value_dim), **launch_options(device),
+        num_warps=_merge_warps(layout.value, value_dim),
     )  # fmt: skip
     return out

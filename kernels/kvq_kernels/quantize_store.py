@@ -8,7 +8,6 @@ from torch import Tensor
 from kvq_kernels.bits import encode_table, load_rotated, signs_of_hadamard, store_rows
 from kvq_kernels.codebook import qjl_projection
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
-from kvq_kernels.overlap import after_previous, launch_options
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _SMALL = 256
@@ -28,10 +27,9 @@ def _store_kernel(
     KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
-    DTYPE: tl.constexpr, R: tl.constexpr, OVERLAP: tl.constexpr,
+    DTYPE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """R tokens of one kv head a program; K and V are programs of their own."""
-    after_previous(OVERLAP)
     head = tl.program_id(1)
     token = tl.program_id(0) * R + tl.arange(0, R)
     mask = token < tokens
@@ -159,7 +157,7 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         DK=layout.key_dim, DKP=triton.next_power_of_2(layout.key_dim),
         DV=layout.value_dim, DVP=triton.next_power_of_2(layout.value_dim), P=layout.page_size,
-        DTYPE=DTYPES[layout.dtype], R=rows, num_warps=warps, **launch_options(key.device),
+        DTYPE=DTYPES[layout.dtype], R=rows, num_warps=warps,
     )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from kvq_kernels import warp_ptx as ptx
 from kvq_kernels.exponent import LOG2E, cap, exponent_unit
 from kvq_kernels.layout import PageLayout
-from kvq_kernels.overlap import after_previous, launch_options
 
 _GROUP = 8
 """Query heads of a kv head that the matrix units take at once."""
@@ -188,10 +187,9 @@ def _warp_decode_kernel(
     VALUE_OFFSET: tl.constexpr, KEY_META: tl.constexpr, VALUE_META: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
-    FINGERPRINT: tl.constexpr, OVERLAP: tl.constexpr,
+    FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
     """One part of one request's sequence and one kv head."""
-    after_previous(OVERLAP)
     U: tl.constexpr = T // 8
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, 32)
@@ -386,5 +384,4 @@ def launch(
         BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
         HEADS=heads, DTYPE=dtype, D=head_dim,
         P=layout.page_size, T=tile, FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
-        **launch_options(query.device),
     )  # fmt: skip

@@ -17,6 +17,8 @@ _CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
 """On a CPU the cache takes a quarter of the free memory, and no more than 4 GiB, unless told."""
 _GRAPH_RESERVE = 512 << 20
 """Kept free for CUDA graphs and the allocator's fragments."""
+_STEP_TOKENS = 8192
+"""Prompt tokens of a step on a GPU, unless told: more of them are not processed any faster."""
 
 
 def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, CachePlan]:
@@ -34,9 +36,9 @@ def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, C
             f"max_model_len {limit} is more than the {geometry.max_model_len} that {model.name} takes"
         )
     on_gpu = model.device.type == "cuda"
-    budget = config.max_num_batched_tokens or (
-        config.max_num_seqs + config.prefill_chunk * (4 if on_gpu else 1)
-    )
+    chunk = config.prefill_chunk
+    several = max(chunk, min(4 * chunk, _STEP_TOKENS)) if on_gpu else chunk
+    budget = config.max_num_batched_tokens or config.max_num_seqs + several
     if budget < config.prefill_chunk + 1:
         raise UsageError(
             f"max_num_batched_tokens {budget} is below prefill_chunk + 1 = {config.prefill_chunk + 1}",

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("a process that interprets kernels can't compile them", allow_module_level=True)
 
-from kvq_kernels import overlap, paged_decode, paged_prefill, quantize_store, reference, warp_decode
+from kvq_kernels import paged_decode, paged_prefill, quantize_store, reference, warp_decode
 from tests.kernels.compiling import SHARED_LIMIT, recording, resources
 
 FULL = {"window": 100, "softcap": 5.0, "sinks": True, "sink": 4, "recent": 20}
@@ -48,7 +48,6 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
     for module in (paged_decode, paged_prefill):
         monkeypatch.setattr(module, "has_products", partial(fits, capability=capability))
     monkeypatch.setattr(paged_prefill, "generation", lambda device: capability // 10)
-    monkeypatch.setattr(overlap, "overlaps", lambda device: capability >= 90)
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
     if name.startswith("float32"):
         dtype = torch.float32
