@@ -68,6 +68,7 @@ if INSIDE or torch.cuda.is_available():
         out = moe.grouped_experts(x, index, weights.bfloat16(), gate_up, down)
         expected = reference.experts(x.double(), index, weights.bfloat16().double(), gate_up, down)
         assert (out.double() - expected).norm() / expected.norm() < 1e-2
+        assert moe.grouped_experts(x, index, weights.bfloat16(), gate_up, down).equal(out)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
     @pytest.mark.parametrize("count,top_k", [(128, 8), (60, 4), (8, 2), (5, 1)])
