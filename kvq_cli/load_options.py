@@ -48,6 +48,17 @@ def _complete_name(incomplete: str) -> list[str]:
     return [name for name in NAMES if name.startswith(incomplete)]
 
 
+Repeats = Annotated[
+    int,
+    typer.Option(
+        "--repeats",
+        min=1,
+        metavar="N",
+        help="Measure N times (several policies or servers: in turns), and show means with their 95% "
+        "intervals; every run stays in the record file.",
+        rich_help_panel=LOAD_PANEL,
+    ),
+]
 Concurrency = Annotated[
     int | None,
     typer.Option(

@@ -496,6 +496,13 @@ def test_the_command(kvq, server, tokenizers, tmp_path, monkeypatch, api):
     assert all(isinstance(prompt, str if api == "chat" else list) for prompt in prompts)
 
 
+def test_a_tokenizer_is_named_even_if_it_is_the_default_model(kvq, server, tokenizers):
+    """Without --model it is the served model's; `--model demo` says otherwise."""
+    code, _, err = kvq("profile-throughput", "--base-url", server.url, "--model", "demo", *SMALL)
+    assert code == 0, err
+    assert tokenizers == ["demo"] and server.bodies[0]["model"] == "fake-model"
+
+
 def test_names_of_model_and_key(kvq, server, tokenizers, monkeypatch):
     monkeypatch.setenv("MY_KEY", "mine")
     server.models = ["a", "b"]
