@@ -540,7 +540,7 @@ def test_a_sweep_starts_each_engine_once(kvq, fakes, tmp_path):
     cells = [(r["label"], r["workload"]["input_len"], r["workload"]["concurrency"]) for r in records]
     assert cells == [(name, n, c) for name in ("none", "int4") for n in (8, 16) for c in (1, 3)]
     assert {record["workload"]["name"] for record in records} == {"fixed"}
-    assert "4 int4 c3 ctx16" in out and "break-even" in out and "on a CPU: answers cut" in err
+    assert "4 int4 c3 ctx16" in out and "break-even" in out and "answers cut" not in err + out
     assert all(len(record["quantiles"]["ttft"]) == 101 for record in records)
     assert re.search(r'"ttft": \[ ?[\d., ]+\]\n?', file.read_text())  # columns of numbers lie on one line
 
