@@ -271,9 +271,17 @@ def find_served_model(base_url: str, key: str | None) -> str:
         names = [str(model["id"]) for model in reply.json()["data"]]
     except (ValueError, LookupError, TypeError):
         names = []
-    if len(names) != 1:
-        found = ", ".join(names) or f"none (HTTP {reply.status_code})"
-        raise KvqError(f"{url} serves not one model, but {found}", "choose one with --served-model NAME")
+    if not names:
+        raise KvqError(
+            f"{url}/models names no model (HTTP {reply.status_code})",
+            "is --base-url what precedes /v1/completions? If so, name the model: --served-model NAME, or `,model=NAME` behind a --target",
+        )
+    if len(names) > 1:
+        found = ", ".join(names)
+        raise KvqError(
+            f"{url} serves not one model, but {found}",
+            "choose one: --served-model NAME, or `,model=NAME` behind a --target",
+        )
     return names[0]
 
 

@@ -105,13 +105,23 @@ def comparison_tables(
         Table(
             "speed (latencies are means)", ["policy", *map(_heading, figures), *(["KL"] if kl else [])], speed
         ),
-        Table(
-            "memory (x: against 16 bits a number)",
-            ["policy", *MEMORY, *(QUEUE.values() if queued else [])],
-            memory,
+        _known(
+            Table(
+                "memory (x: against 16 bits a number)",
+                ["policy", *MEMORY, *(QUEUE.values() if queued else [])],
+                memory,
+            )
         ),
         *quality,
     ]
+
+
+def _known(table: Table) -> Table:
+    """Without the columns that nothing is known for: a server does not tell of its cache."""
+    kept = [i for i in range(len(table.columns)) if any(row[i].text != "-" for row in table.rows)]
+    columns = [table.columns[i] for i in kept]
+    title = table.title if any(column in columns for column in MEMORY[:-1]) else "requests"
+    return Table(title, columns, [[row[i] for i in kept] for row in table.rows])
 
 
 def _quality_table(comparison: Comparison, scores: Scores) -> Table:

@@ -434,6 +434,9 @@ def test_the_served_model(server):
     server.models = ["a", "b"]
     with pytest.raises(KvqError, match="a, b"):
         find_served_model(server.url, None)
+    server.models = []
+    with pytest.raises(KvqError, match=r"/v1/models names no model \(HTTP 200\)"):
+        find_served_model(server.url, None)
     server.models_status = 401
     with pytest.raises(KvqError, match="refuses the key"):
         find_served_model(server.url, None)
