@@ -56,6 +56,7 @@ class HttpClient:
         self._received: list[tuple[_Connection, float, bytes]] = []
         """What connections have read, and when, not parsed yet; no bytes are the end of a connection."""
         self._failed: list[Arrival] = []
+        self._closed = False
 
     def post(self, key: int, path: str, body: bytes) -> None:
         """Send at once where a connection is free, else as soon as there is one. Keys in use must differ."""
@@ -93,6 +94,7 @@ class HttpClient:
         self._loop.remove_reader(descriptor)
 
     def close(self) -> None:
+        self._closed = True
         for key in [*self._connecting, *self._busy]:
             self.cancel(key)
         for connection in self._idle:
@@ -105,7 +107,8 @@ class HttpClient:
     def receive(self, connection: "_Connection", data: bytes) -> None:
         """Called by connections, of all that have bytes before any of these is parsed."""
         self._received.append((connection, time.perf_counter(), data))
-        self._loop.stop()
+        if not self._closed:
+            self._loop.stop()
 
     def _connect(self, key: int, request: h11.Request, body: bytes) -> None:
         self._connecting[key] = self._loop.create_task(self._open(key, request, body))

@@ -1,6 +1,7 @@
 """An OpenAI-compatible server as a `Target`: answers are streamed over HTTP."""
 
 import json
+import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,6 +127,8 @@ class HttpTarget:
                     return events
                 case h11.EndOfMessage():
                     counts = self._count(answer)
+                case ssl.SSLCertVerificationError():
+                    raise _Failure(f"cannot connect to the server: {arrival.verify_message}")
                 case OSError():
                     raise _Failure("cannot connect to the server")
                 case _:
@@ -274,7 +277,8 @@ def find_served_model(base_url: str, key: str | None) -> str:
     if not names:
         raise KvqError(
             f"{url}/models names no model (HTTP {reply.status_code})",
-            "is --base-url what precedes /v1/completions? If so, name the model: --served-model NAME, or `,model=NAME` behind a --target",
+            "is --base-url what precedes /v1/completions? If so, name the model: --served-model NAME, or"
+            " `,model=NAME` behind a --target",
         )
     if len(names) > 1:
         found = ", ".join(names)

@@ -395,6 +395,13 @@ def test_connections_are_kept_and_a_stale_one_is_replaced(bench, raw_server):
     assert read == [0, 0, 0, 1, 1]
 
 
+def test_a_server_by_its_name(bench, server):
+    """Names are looked up in threads, which end while connections are still being closed."""
+    server.url = server.url.replace("127.0.0.1", "localhost")
+    result = replay(server, bench.requests(4, output_len=2))
+    assert [trace.status for trace in result.traces] == ["ok"] * 4
+
+
 def test_a_server_that_always_hangs_up_is_not_asked_for_ever(bench, raw_server):
     read: list[int] = []
 
