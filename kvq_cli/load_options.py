@@ -48,6 +48,17 @@ def _complete_name(incomplete: str) -> list[str]:
     return [name for name in NAMES if name.startswith(incomplete)]
 
 
+Repeats = Annotated[
+    int,
+    typer.Option(
+        "--repeats",
+        min=1,
+        metavar="N",
+        help="Measure N times (several policies or servers: in turns), and show means with their 95% "
+        "intervals; every run stays in the record file.",
+        rich_help_panel=LOAD_PANEL,
+    ),
+]
 Concurrency = Annotated[
     int | None,
     typer.Option(
@@ -267,6 +278,11 @@ class LoadPlan:
             load = replace(load, concurrency=point.concurrency)
         return replace(self, spec=spec, load=load, point=point)
 
+    @property
+    def _answers_are_short(self) -> bool:
+        """Whether all of them are as long as was asked for, and that is no longer than a CPU's cap."""
+        return self.spec.name in ("fixed", "prefix") and self.spec.output_len <= CPU_OUTPUT_CAP
+
     def resolve(self, on_cpu: bool, talk: bool = True, available: int | None = None) -> WorkloadSpec:
         """Sizes for where the model runs; says so where they are smaller than elsewhere."""
         concurrency = self.load.concurrency or CONCURRENCY
@@ -275,12 +291,14 @@ class LoadPlan:
         if self.point.concurrency is not None:
             usual = max(usual, MIN_OF_CELL)
         num_prompts = self.num_prompts or arriving or available or usual
-        max_output_len = self.max_output_len or (CPU_OUTPUT_CAP if on_cpu else None)
-        if talk and on_cpu and None in (self.num_prompts, self.max_output_len):
-            count = "" if self.point.concurrency is not None else f"{num_prompts} requests, "
-            console.say(
-                f"on a CPU: {count}answers cut to {max_output_len} tokens (--num-prompts, --max-output-len)"
-            )
+        max_output_len = self.max_output_len
+        talk &= on_cpu and None in (self.num_prompts, max_output_len)
+        if max_output_len is None and on_cpu and not self._answers_are_short:
+            max_output_len = CPU_OUTPUT_CAP
+        parts = [f"{num_prompts} requests"] * (self.num_prompts is None and self.point.concurrency is None)
+        parts += [f"answers cut to {max_output_len} tokens"] * (max_output_len is not None)
+        if talk and parts:
+            console.say(f"on a CPU: {', '.join(parts)} (--num-prompts, --max-output-len)")
         in_flight = min(concurrency, num_prompts)
         warmup = self.warmup or in_flight
         if warmup < in_flight:

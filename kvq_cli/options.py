@@ -129,6 +129,16 @@ Model = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]  # fmt: skip
+BenchModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m",
+        help="As for `kvq run`; where servers are measured, the tokenizer: a hub id, a folder or `demo`.",
+        autocompletion=complete_model,
+        show_default="demo; where servers are measured, the name of their model",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]  # fmt: skip
 ChatModel = Annotated[
     str | None,
     typer.Option(

@@ -13,7 +13,7 @@ import typer
 from kvq_cli import console
 from kvq_cli.benchmark import Session, replay
 from kvq_cli.load_options import ANYWHERE, LoadPlan
-from kvq_cli.options import DEFAULT_MODEL, DEFAULTS, ENGINE_FLAGS
+from kvq_cli.options import DEFAULTS, ENGINE_FLAGS
 from kvq_core.bench.sweep import Point
 from kvq_core.config import EngineConfig
 from kvq_core.errors import KvqError, UsageError
@@ -95,7 +95,7 @@ LoadProcesses = Annotated[
         "--load-processes",
         min=1,
         metavar="N",
-        help="Send requests to servers from N processes; each takes some thousand tokens a second. "
+        help="Send requests to servers from N processes; each takes some ten thousand tokens a second. "
         "A run that they could not keep up with is marked generator_bound.",
         rich_help_panel=SERVER_PANEL,
     ),
@@ -144,7 +144,7 @@ def find_servers(targets: Sequence[str], api_key_env: str, processes: int) -> li
 
 def measure_servers(
     servers: Sequence[Server],
-    tokenizer_name: str,
+    tokenizer_name: str | None,
     config: EngineConfig,
     plan: LoadPlan,
     output: Path | None,
@@ -155,6 +155,7 @@ def measure_servers(
 ) -> Session:
     """Replay the same requests on every server, in turns (A B C A B C) for every cell and repeat.
 
+    Without the name of a tokenizer it is that of the first server's model.
     Ctrl-C and a broken server end up in the session.
     """
     from kvq_core.bench.env import collect_env
@@ -169,7 +170,7 @@ def measure_servers(
     if output:
         check_output(output)
     models = [server.served_model or find_served_model(server.base_url, server.key) for server in servers]
-    tokenizer = _load_tokenizer(models[0] if tokenizer_name == DEFAULT_MODEL else tokenizer_name)
+    tokenizer = _load_tokenizer(tokenizer_name or models[0])
     session = Session(output, as_list=as_list)
     env = collect_env(seed=config.seed)
     available = len(dataset.entries) if dataset else None

@@ -7,13 +7,13 @@ import typer
 
 from kvq_cli import console
 from kvq_cli.benchmark import DEFINITIONS_HELP, Session, emit_tables, measure_policies
-from kvq_cli.load_options import LOAD_PANEL, LoadPlan, load_options
+from kvq_cli.load_options import LOAD_PANEL, LoadPlan, Repeats, load_options
 from kvq_cli.options import (
     CHECK_PANEL,
     DEFAULT_MODEL,
     OUTPUT_PANEL,
+    BenchModel,
     Json,
-    Model,
     OutputFile,
     Policies,
     engine_options,
@@ -50,16 +50,7 @@ def compare(
         ),
     ] = None,
     policies: Policies = "",
-    repeats: Annotated[
-        int,
-        typer.Option(
-            "--repeats",
-            min=1,
-            metavar="N",
-            help="Measure every policy N times, in turns, and show means with their 95% intervals.",
-            rich_help_panel=LOAD_PANEL,
-        ),
-    ] = 1,
+    repeats: Repeats = 1,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -153,7 +144,7 @@ def compare(
     target: Targets = None,
     load_processes: LoadProcesses = 1,
     api_key_env: ApiKeyEnv = KEY_VARIABLE,
-    model: Model = DEFAULT_MODEL,
+    model: BenchModel = None,
     output: OutputFile = None,
     json: Json = False,
     markdown: Annotated[
@@ -207,7 +198,7 @@ def compare(
         chosen = parse_policies(policies)
         _check_baseline(baseline, chosen, config)
         session = measure_policies(
-            model,
+            model or DEFAULT_MODEL,
             config,
             chosen,
             plan,

@@ -71,7 +71,10 @@ def advise(comparison: Comparison, quality: Quality | None, limits: Limits) -> l
         groups.setdefault(id(comparison.baselines[i]), []).append(i)
     # On a CPU memory decides, which is the same at every load.
     loads = list(groups.values())[: 1 if is_on_cpu(comparison.records) else None]
-    lines = [_recommend(comparison, group, quality, limits) for group in loads]
+    names = comparison.names
+    if len(loads) < len(groups):  # it then is one of policies, not of loads
+        names = [record.name for record in comparison.records]
+    lines = [_recommend(comparison, names, group, quality, limits) for group in loads]
     if limits.slo and len(loads) > 1:
         lines += _most_load(comparison, quality, limits)
     measured = sentences(comparison)
@@ -102,17 +105,23 @@ def _ruled_out(record: RunRecord, quality: Quality | None, limits: Limits) -> st
     return None
 
 
-def _recommend(comparison: Comparison, rows: Sequence[int], quality: Quality | None, limits: Limits) -> str:
+def _recommend(
+    comparison: Comparison,
+    names: Sequence[str],
+    rows: Sequence[int],
+    quality: Quality | None,
+    limits: Limits,
+) -> str:
     reasons = {i: _ruled_out(comparison.records[i], quality, limits) for i in rows}
     allowed = [i for i in rows if reasons[i] is None]
-    ruled_out = [f"{comparison.names[i]} ({reason})" for i, reason in reasons.items() if reason]
+    ruled_out = [f"{names[i]} ({reason})" for i, reason in reasons.items() if reason]
     because = f"; ruled out: {', '.join(ruled_out)}" if ruled_out else ""
     if not allowed:
         return f"recommended: none of these within {limits}{because}"
     chosen, why = _best(comparison, allowed)
     kl = quality.of(comparison.records[chosen]) if quality else None
     own = f" (its own: {kl:.4g})" if limits.max_kl is not None and kl is not None else ""
-    return f"recommended: {comparison.names[chosen]}, {why} within {limits}{own}{because}"
+    return f"recommended: {names[chosen]}, {why} within {limits}{own}{because}"
 
 
 def _most_load(comparison: Comparison, quality: Quality | None, limits: Limits) -> list[str]:

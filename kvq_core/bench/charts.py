@@ -59,13 +59,18 @@ class Scale:
 
     def ticks(self) -> list[float]:
         if not self.log:
-            step = nice(self.high - self.low, 5)
-            first = math.ceil(self.low / step - 1e-9)
-            return [i * step for i in range(first, int(self.high / step + 1e-9) + 1)]
+            return self._even(5)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         steps = (1, 2, 5) if len(decades) < 5 else (1,)
         ticks = [10**decade * step for decade in decades for step in steps]
-        return [tick for tick in ticks if self.low * 0.999 <= tick <= self.high * 1.001]
+        ticks = [tick for tick in ticks if self.low * 0.999 <= tick <= self.high * 1.001]
+        # Over a narrow range, powers of ten and their halves are too far apart to read anything by.
+        return ticks if len(ticks) > 2 else self._even(6)
+
+    def _even(self, parts: int) -> list[float]:
+        step = nice(self.high - self.low, parts)
+        first = math.ceil(self.low / step - 1e-9)
+        return [i * step for i in range(first, int(self.high / step + 1e-9) + 1)]
 
 
 def chart(
@@ -92,7 +97,7 @@ def bars(title: str, rows: Sequence[tuple[str, int, float, str]]) -> str:
     """Horizontal bars as a `<figure>`; rows are (name, colour, value, what stands beside the bar)."""
     if not rows or max(value for _, _, value, _ in rows) <= 0:
         return ""
-    most, step, left, right = max(value for _, _, value, _ in rows), 34, 96, 110
+    most, step, left, right = max(value for _, _, value, _ in rows), 34, 96, 165
     body = []
     for i, (name, color, value, text) in enumerate(rows):
         width, top = (WIDTH - left - right) * value / most, 8 + i * step

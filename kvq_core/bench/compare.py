@@ -215,7 +215,7 @@ def _find(records: Sequence[RunRecord], baseline: str) -> RunRecord:
             return record
     raise KvqError(
         f"no record is the baseline `{baseline}`",
-        f"use one of {', '.join(record.label for record in records)}",
+        f"use one of {', '.join(dict.fromkeys(record.label for record in records))}",
     )
 
 

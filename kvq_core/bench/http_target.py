@@ -1,20 +1,22 @@
-"""An OpenAI-compatible server as a `Target`: answers are streamed over HTTP, all in one event loop."""
+"""An OpenAI-compatible server as a `Target`: answers are streamed over HTTP."""
 
-import asyncio
 import json
+import ssl
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import h11
 import httpx
 
+from kvq_core.bench.http_client import CONNECT_SECONDS, HttpClient
 from kvq_core.bench.target import BenchRequest, Event, TargetInfo, Usage
 from kvq_core.errors import KvqError, UsageError
 
 APIS = {"completions": "/completions", "chat": "/chat/completions"}
 """Name -> path under the base URL."""
-CONNECT_SECONDS = 10.0
 REASON_LENGTH = 160
 
 
@@ -22,8 +24,22 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]: ...
 
 
+@dataclass(frozen=True)
+class CachedTokens:
+    """Of `prompt` tokens the server says that its cache held `hits`."""
+
+    hits: int = 0
+    prompt: int = 0
+
+    def __add__(self, other: "CachedTokens") -> "CachedTokens":
+        return CachedTokens(self.hits + other.hits, self.prompt + other.prompt)
+
+    def __sub__(self, other: "CachedTokens") -> "CachedTokens":
+        return CachedTokens(self.hits - other.hits, self.prompt - other.prompt)
+
+
 class HttpTarget:
-    """Sends requests and takes down when their tokens arrive; `poll` runs the event loop.
+    """Sends requests and takes down when their tokens arrive.
 
     Tokens are those of the server's usage block; where it sends none, `tokenizer` counts the answer.
     Whatever goes wrong with a request is its failure, with the reason, and no exception.
@@ -41,19 +57,11 @@ class HttpTarget:
         self.url = normalize_url(base_url)
         self.model = model
         self.api = api
+        self._path = urlsplit(self.url).path + APIS[api]
         self._tokenizer = tokenizer
-        self._runner = asyncio.Runner()
-        self._arrived = asyncio.Event()
-        self._events: list[Event] = []
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
-        """Those that the server says its cache held."""
-        self._client = httpx.AsyncClient(
-            headers=authorization(key),
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        )
+        self._client = HttpClient(self.url, authorization(key))
+        self._answers: dict[int, _Answer] = {}
+        self.cached = CachedTokens()
 
     def info(self) -> TargetInfo:
         return TargetInfo(
@@ -66,112 +74,89 @@ class HttpTarget:
         """`asked`: when the request was to be sent, where that was in another process."""
         if self.api == "chat" and not isinstance(request.prompt, str):
             raise KvqError("the chat API takes text, and the prompt is token ids")
-        self._tasks[request.index] = self._runner.get_loop().create_task(
-            self._answer(request, time.perf_counter() if asked is None else asked)
-        )
+        answer = self._answers[request.index] = _Answer(request)
+        self._client.post(request.index, self._path, json.dumps(self._body(request)).encode())
+        if asked is not None:
+            answer.lag = time.perf_counter() - asked
 
     def poll(self, timeout: float) -> list[Event]:
-        return self._runner.run(self._wait(timeout))
+        events: list[Event] = []
+        for index, at, arrival in self._client.wait(timeout):
+            if answer := self._answers.get(index):
+                events += self._take(answer, at, arrival)
+        return events
 
     def cancel(self, index: int) -> None:
         """Hang up, which tells the server to stop."""
-        task = self._tasks.pop(index, None)
-        if task is not None:
-            task.cancel()
+        if self._answers.pop(index, None):
+            self._client.cancel(index)
 
     def usage(self) -> Usage | None:
         return None  # what a server holds is its own affair
 
     def wake_on(self, descriptor: int) -> None:
         """Let `poll` return as soon as this file can be read."""
-        self._runner.get_loop().add_reader(descriptor, self._arrived.set)
+        self._client.wake_on(descriptor)
 
     def sleep_on(self, descriptor: int) -> None:
-        self._runner.get_loop().remove_reader(descriptor)
+        self._client.sleep_on(descriptor)
 
     def reset_stats(self) -> None:
-        self._prompt_tokens = self._cached_tokens = 0
+        self.cached = CachedTokens()
 
     def kv_stats(self) -> dict[str, Any]:
         """A server says nothing of its cache but the prompt tokens that it held."""
-        if not self._cached_tokens:
-            return {}
-        return {"prefix_hit_rate": self._cached_tokens / self._prompt_tokens}
+        return prefix_hit_rate(self.cached)
 
     def close(self) -> None:
-        for index in list(self._tasks):
-            self.cancel(index)
-        self._runner.run(self._client.aclose())
-        self._runner.close()
+        self._answers.clear()
+        self._client.close()
 
-    async def _wait(self, timeout: float) -> list[Event]:
-        try:
-            async with asyncio.timeout(timeout):
-                await self._arrived.wait()
-        except TimeoutError:
-            pass
-        self._arrived.clear()
-        events, self._events = self._events, []
-        return events
-
-    def _report(self, event: Event) -> None:
-        self._events.append(event)
-        self._arrived.set()
-
-    async def _answer(self, request: BenchRequest, asked: float) -> None:
-        """One request from sending to its end, which is always reported, unless it is cancelled."""
-        lag = time.perf_counter() - asked
+    def _take(self, answer: "_Answer", at: float, arrival: Any) -> list[Event]:
+        """Events of what arrived for a request at one moment; its end is always among them, once."""
+        index = answer.request.index
+        events: list[Event] = []
         error, counts = None, None
         try:
-            counts = await self._stream(request)
+            match arrival:
+                case h11.Response():
+                    answer.status = arrival.status_code
+                    return events
+                case h11.Data():
+                    events += (Event(index, at, tokens=1) for _ in range(answer.read(arrival.data)))
+                    return events
+                case h11.EndOfMessage():
+                    counts = self._count(answer)
+                case ssl.SSLCertVerificationError():
+                    raise _Failure(f"cannot connect to the server: {arrival.verify_message}")
+                case OSError():
+                    raise _Failure("cannot connect to the server")
+                case _:
+                    raise _Failure(f"the stream broke off ({type(arrival).__name__})")
         except _Failure as failure:
             error = str(failure)
-        except (httpx.ConnectError, httpx.ConnectTimeout):
-            error = "cannot connect to the server"
-        except httpx.HTTPError as problem:
-            error = f"the stream broke off ({type(problem).__name__})"
         except (ValueError, LookupError, TypeError, AttributeError):
             error = "the stream does not follow the API"
-        self._tasks.pop(request.index, None)
-        now = time.perf_counter()
-        self._report(Event(request.index, now, finished=True, error=error, counts=counts, lag=lag))
+        del self._answers[index]
+        if not isinstance(arrival, h11.EndOfMessage):
+            self._client.cancel(index)
+        return [*events, Event(index, at, finished=True, error=error, counts=counts, lag=answer.lag)]
 
-    async def _stream(self, request: BenchRequest) -> tuple[int, int]:
-        """Report tokens as they arrive; returns how many tokens prompt and answer had."""
-        texts: list[str] = []
-        usage, finish_reason = None, None
-        async with self._client.stream("POST", self.url + APIS[self.api], json=self._body(request)) as reply:
-            if reply.status_code != 200:
-                raise _Failure(f"HTTP {reply.status_code}: {_reason(await reply.aread())}")
-            async for line in reply.aiter_lines():
-                data = line.removeprefix("data:").strip()
-                if not line.startswith("data:") or data == "[DONE]":
-                    continue
-                now, chunk = time.perf_counter(), json.loads(data)
-                if "error" in chunk:
-                    raise _Failure(_reason(data.encode()))
-                usage = chunk.get("usage") or usage
-                for choice in chunk["choices"]:
-                    finish_reason = choice.get("finish_reason") or finish_reason
-                    text = _text(choice)
-                    if text is not None:
-                        texts.append(text)
-                        self._report(Event(request.index, now, tokens=1))
-        if finish_reason is None:
-            raise _Failure("the stream broke off (no finish_reason)")
+    def _count(self, answer: "_Answer") -> tuple[int, int]:
+        """How many tokens prompt and answer had."""
+        request, usage = answer.request, answer.usage
+        answer.check()
         if usage is not None:
-            self._prompt_tokens += int(usage["prompt_tokens"])
-            self._cached_tokens += int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-            return int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-        if finish_reason == "length":  # as many as were asked for, by the API's definition
+            prompt, tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+            cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+            self.cached += CachedTokens(cached, prompt)
+            return prompt, tokens
+        if answer.finish_reason == "length":  # as many as were asked for, by the API's definition
             return request.input_len, request.output_len
-        return request.input_len, self._count(texts)
-
-    def _count(self, texts: list[str]) -> int:
-        """Tokens of an answer; a chunk is one where there is no tokenizer."""
-        if self._tokenizer is None:
-            return len(texts)
-        return len(self._tokenizer("".join(texts), add_special_tokens=False)["input_ids"])
+        if self._tokenizer is None:  # a chunk is a token
+            return request.input_len, len(answer.texts)
+        ids = self._tokenizer("".join(answer.texts), add_special_tokens=False)["input_ids"]
+        return request.input_len, len(ids)
 
     def _body(self, request: BenchRequest) -> dict[str, Any]:
         prompt: dict[str, Any] = {"prompt": request.prompt}
@@ -186,6 +171,54 @@ class HttpTarget:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+
+
+class _Answer:
+    """What a server has said so far to a request."""
+
+    def __init__(self, request: BenchRequest) -> None:
+        self.request = request
+        self.lag = 0.0
+        self.status = 200
+        self.texts: list[str] = []
+        self.usage: dict[str, Any] | None = None
+        self.finish_reason: str | None = None
+        self._rest = bytearray()
+        """A line whose end has not come yet; what an error says, whole."""
+
+    def read(self, data: bytes | bytearray) -> int:
+        """How many chunks with tokens these bytes of the body complete; raises `_Failure` at an error."""
+        self._rest += data
+        if self.status != 200:
+            return 0
+        *lines, self._rest = self._rest.split(b"\n")
+        return sum(self._line(line.decode()) for line in lines if line.startswith(b"data:"))
+
+    def check(self) -> None:
+        """Raise `_Failure` if what ended is no answer."""
+        if self.status != 200:
+            raise _Failure(f"HTTP {self.status}: {_reason(self._rest)}")
+        if self._rest.startswith(b"data:"):  # without a newline behind it
+            self._line(self._rest.decode())
+        if self.finish_reason is None:
+            raise _Failure("the stream broke off (no finish_reason)")
+
+    def _line(self, line: str) -> int:
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            return 0
+        chunk = json.loads(data)
+        if "error" in chunk:
+            raise _Failure(_reason(data.encode()))
+        self.usage = chunk.get("usage") or self.usage
+        tokens = 0
+        for choice in chunk["choices"]:
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            text = _text(choice)
+            if text is not None:
+                self.texts.append(text)
+                tokens += 1
+        return tokens
 
 
 class _Failure(Exception):
@@ -206,6 +239,11 @@ def normalize_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else path + '/v1'}"
 
 
+def prefix_hit_rate(cached: CachedTokens) -> dict[str, Any]:
+    """What a record's `kv` says where a server's cache held prompt tokens."""
+    return {"prefix_hit_rate": cached.hits / cached.prompt} if cached.hits else {}
+
+
 def authorization(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -214,7 +252,14 @@ def find_served_model(base_url: str, key: str | None) -> str:
     """The one model that a server says it has; `KvqError` where it can't be reached or has several."""
     url = normalize_url(base_url)
     try:
-        reply = httpx.get(f"{url}/models", headers=authorization(key), timeout=CONNECT_SECONDS)
+        # Directly, as requests are sent afterwards.
+        reply = httpx.get(
+            f"{url}/models",
+            headers=authorization(key),
+            timeout=CONNECT_SECONDS,
+            verify=httpx.create_ssl_context(),
+            trust_env=False,
+        )
     except httpx.HTTPError as error:
         raise KvqError(
             f"cannot reach {url}: {error or type(error).__name__}",
@@ -229,9 +274,18 @@ def find_served_model(base_url: str, key: str | None) -> str:
         names = [str(model["id"]) for model in reply.json()["data"]]
     except (ValueError, LookupError, TypeError):
         names = []
-    if len(names) != 1:
-        found = ", ".join(names) or f"none (HTTP {reply.status_code})"
-        raise KvqError(f"{url} serves not one model, but {found}", "choose one with --served-model NAME")
+    if not names:
+        raise KvqError(
+            f"{url}/models names no model (HTTP {reply.status_code})",
+            "is --base-url what precedes /v1/completions? If so, name the model: --served-model NAME, or"
+            " `,model=NAME` behind a --target",
+        )
+    if len(names) > 1:
+        found = ", ".join(names)
+        raise KvqError(
+            f"{url} serves not one model, but {found}",
+            "choose one: --served-model NAME, or `,model=NAME` behind a --target",
+        )
     return names[0]
 
 
@@ -246,7 +300,7 @@ def _text(choice: dict[str, Any]) -> str | None:
     return None if choice.get("finish_reason") or delta.get("role") else ""
 
 
-def _reason(body: bytes) -> str:
+def _reason(body: bytes | bytearray) -> str:
     """What an error document says, in one short line."""
     text = body.decode("utf-8", "replace")
     try:

@@ -105,13 +105,23 @@ def comparison_tables(
         Table(
             "speed (latencies are means)", ["policy", *map(_heading, figures), *(["KL"] if kl else [])], speed
         ),
-        Table(
-            "memory (x: against 16 bits a number)",
-            ["policy", *MEMORY, *(QUEUE.values() if queued else [])],
-            memory,
+        _known(
+            Table(
+                "memory (x: against 16 bits a number)",
+                ["policy", *MEMORY, *(QUEUE.values() if queued else [])],
+                memory,
+            )
         ),
         *quality,
     ]
+
+
+def _known(table: Table) -> Table:
+    """Without the columns that nothing is known for: a server does not tell of its cache."""
+    kept = [i for i in range(len(table.columns)) if any(row[i].text != "-" for row in table.rows)]
+    columns = [table.columns[i] for i in kept]
+    title = table.title if any(column in columns for column in MEMORY[:-1]) else "requests"
+    return Table(title, columns, [[row[i] for i in kept] for row in table.rows])
 
 
 def _quality_table(comparison: Comparison, scores: Scores) -> Table:
@@ -137,15 +147,21 @@ def _heading(figure: Figure) -> str:
 def _cell(comparison: Comparison, i: int, figure: Figure) -> Cell:
     value = comparison.records[i].get(figure.key)
     half = comparison.records[i].intervals.get(figure.key)
-    text = number(None if value is None else value / figure.divisor)
-    if half is not None:
-        text += f" ±{half / figure.divisor:,.{len(text.partition('.')[2])}f}"
+    text = _with_interval(
+        number(None if value is None else value / figure.divisor),
+        None if half is None else half / figure.divisor,
+    )
     change = comparison.change(i, figure.key)
     if change is None or comparison.is_baseline(i):
         return Cell(text)
     nothing = max(0.005, comparison.noise(i, figure.key))
     better = None if abs(change - 1) < nothing else (change > 1) == figure.higher_is_better
     return Cell(text, f"{change - 1:+.1%}", better)
+
+
+def _with_interval(text: str, half: float | None) -> str:
+    """A number, ± half its 95% interval with as many digits after the point."""
+    return text if half is None else f"{text} ±{half:,.{len(text.partition('.')[2])}f}"
 
 
 def _memory_cells(record: RunRecord) -> list[Cell]:
@@ -233,46 +249,63 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     lines = [f"changes are against {', '.join(baselines)}"] * any(map(has_speed, comparison.records))
     if comparison.resumed:
         lines.append(comparison.resumed)
-    counts = {len(usable(runs)) for runs in comparison.runs}
-    if max(counts) > 1:
-        lines.append(
-            f"means of {' to '.join(map(str, sorted({min(counts), max(counts)})))} runs "
-            "± half their 95% interval (Student's t)"
-        )
-    return lines + notes(comparison.records)
+    return lines + run_notes(comparison)
+
+
+def run_notes(comparison: Comparison) -> list[str]:
+    """How many runs figures are of, what was measured, and whose speeds these are."""
+    counts = sorted({len(usable(runs)) for runs in comparison.runs})
+    means = f"means of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} runs "
+    means += "± half their 95% interval (Student's t)"
+    return [means] * (counts[-1] > 1) + notes(comparison.records)
 
 
 def run_tables(record: RunRecord) -> list[Table]:
     """One record in full: throughput and memory, and the distribution of every latency."""
     metrics, kv = record.metrics, record.kv
+
+    def shown(key: str) -> str:
+        return _with_interval(number(metrics.get(key)), record.intervals.get(key))
+
     summary = [
         ("requests", requests_done(record)),
         ("duration", f"{number(metrics.get('duration'))} s"),
-        ("requests per second", number(metrics.get("request_throughput"))),
-        *(
-            [("goodput, requests per second", number(metrics["request_goodput"]))]
-            if "request_goodput" in metrics
-            else []
-        ),
-        ("input tokens per second", number(metrics.get("input_throughput"))),
-        ("output tokens per second", number(metrics.get("output_throughput"))),
-        ("total tokens per second", number(metrics.get("total_token_throughput"))),
-        ("KV bytes per token", number(kv.get("bytes_per_token"))),
-        ("effective bits per element", number(kv.get("bits_per_element"))),
-        ("KV capacity, tokens", number(kv.get("capacity_tokens"))),
-        ("KV peak, tokens", number(kv.get("peak_tokens"))),
-        ("preemptions", number(kv.get("preemptions"))),
+        ("requests per second", shown("request_throughput")),
+        *([("goodput, requests per second", shown(GOODPUT.key))] if GOODPUT.key in metrics else []),
+        ("input tokens per second", shown("input_throughput")),
+        ("output tokens per second", shown("output_throughput")),
+        ("total tokens per second", shown("total_token_throughput")),
+        *(_sending(record) if record.is_remote else _holding(record)),
     ]
     figures = ["mean", *(f"p{p}" for p in PERCENTILES)]
     latencies = [
-        [Cell(NAMES[name]), *(Cell(number(metrics.get(f"{figure}_{name}_ms"))) for figure in figures)]
-        for name in LATENCIES
+        [Cell(NAMES[name]), *(Cell(shown(f"{figure}_{name}_ms")) for figure in figures)] for name in LATENCIES
     ]
     title = record.name + ("" if record.complete else " (incomplete)")
     return [
         Table(title, ["", "value"], [[Cell(name), Cell(value)] for name, value in summary]),
         Table("", ["latency, ms", *figures], latencies),
         *([fidelity_table(kv["fidelity"])] if kv.get("fidelity") else []),
+    ]
+
+
+def _holding(record: RunRecord) -> list[tuple[str, str]]:
+    kv = record.kv
+    return [
+        ("KV bytes per token", number(kv.get("bytes_per_token"))),
+        ("effective bits per element", number(kv.get("bits_per_element"))),
+        ("KV capacity, tokens", number(kv.get("capacity_tokens"))),
+        ("KV peak, tokens", number(kv.get("peak_tokens"))),
+        ("preemptions", number(kv.get("preemptions"))),
+    ]
+
+
+def _sending(record: RunRecord) -> list[tuple[str, str]]:
+    """What a client knows, where a server's cache is its own affair."""
+    hits, lag = record.kv.get("prefix_hit_rate"), record.metrics.get("p99_lag_ms")
+    return [
+        *([("prompt tokens from its prefix cache", f"{hits:.0%}")] if hits else []),
+        *([("load generator late by, p99", f"{number(lag)} ms")] if lag is not None else []),
     ]
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from kvq_core.bench.http_target import HttpTarget
+from kvq_core.bench.http_client import whole_milliseconds
+from kvq_core.bench.http_target import CachedTokens, HttpTarget, prefix_hit_rate
 from kvq_core.bench.target import BenchRequest, Event, TargetInfo, Usage
 from kvq_core.errors import KvqError
 
@@ -27,6 +28,10 @@ class SpreadTarget:
         self._processes = []
         self._next = 0
         self._place: dict[int, Connection] = {}
+        self._cached: dict[Connection, CachedTokens] = {}
+        """Counts of each process, from its start."""
+        self._before = CachedTokens()
+        """All of them when statistics were last reset."""
         for _ in range(count):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(make, theirs), daemon=True)
@@ -50,10 +55,11 @@ class SpreadTarget:
 
     def poll(self, timeout: float) -> list[Event]:
         events: list[Event] = []
-        for pipe in wait(self._pipes, timeout):
+        for pipe in wait(self._pipes, whole_milliseconds(timeout)):
             assert isinstance(pipe, Connection)
             while pipe.poll():
-                events += self._receive(pipe)
+                seen, self._cached[pipe] = self._receive(pipe)
+                events += seen
         for event in events:
             if event.finished:
                 self._place.pop(event.index, None)
@@ -68,10 +74,10 @@ class SpreadTarget:
         return None
 
     def reset_stats(self) -> None:
-        """A server keeps no statistics for its clients."""
+        self._before = self._sum()
 
     def kv_stats(self) -> dict[str, Any]:
-        return {}
+        return prefix_hit_rate(self._sum() - self._before)
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -80,6 +86,9 @@ class SpreadTarget:
             process.join(5.0)
             if process.is_alive():
                 process.terminate()
+
+    def _sum(self) -> CachedTokens:
+        return sum(self._cached.values(), CachedTokens())
 
     def _answer(self, pipe: Connection) -> TargetInfo:
         if not pipe.poll(START_SECONDS):
@@ -110,7 +119,7 @@ def _serve(make: Callable[[], HttpTarget], pipe: Connection) -> None:
         while True:
             events = target.poll(1.0)
             if events:
-                pipe.send(events)
+                pipe.send((events, target.cached))
             while pipe.poll():
                 command, value = pipe.recv()
                 if command == "cancel":
@@ -120,7 +129,8 @@ def _serve(make: Callable[[], HttpTarget], pipe: Connection) -> None:
                 try:
                     target.send(request, asked)
                 except KvqError as error:
-                    pipe.send([Event(request.index, time.perf_counter(), finished=True, error=error.message)])
+                    refused = Event(request.index, time.perf_counter(), finished=True, error=error.message)
+                    pipe.send(([refused], target.cached))
     except (EOFError, OSError, KeyboardInterrupt):
         pass  # the parent is done, or was interrupted and tells of it
     finally:

@@ -1,13 +1,15 @@
 """A server with known delays: the first token `TTFT` after a request, the others `ITL` apart, by the clock.
 
-    python mock_server.py TTFT_MS ITL_MS   prints its port
+    python mock_server.py TTFT_MS ITL_MS [CACHED]   prints its port
 
 It streams completions of as many tokens as are asked for, a chunk each; with an ITL of 0 as fast as it can.
+Of every prompt it says that its cache held CACHED tokens.
 """
 
 import asyncio
 import json
 import re
+import selectors
 import sys
 
 CHUNK = b'{"choices":[{"index":0,"text":" word","finish_reason":%s}]}'
@@ -36,11 +38,15 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             for i in range(count):
                 if (pause := arrived + ttft + i * itl - loop.time()) > 0:
                     await asyncio.sleep(pause)
+                if writer.is_closing():
+                    return
                 writer.write(event(CHUNK % (b'"length"' if i == count - 1 else b"null")))
                 if not itl:
                     await writer.drain()
-            usage = json.dumps({"prompt_tokens": len(body["prompt"]), "completion_tokens": count}).encode()
-            writer.write(event(b'{"choices":[],"usage":%s}' % usage) + event(b"[DONE]") + b"0\r\n\r\n")
+            usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
+            last = json.dumps({"choices": [], "usage": usage}).encode()
+            writer.write(event(last) + event(b"[DONE]") + b"0\r\n\r\n")
             await writer.drain()
     except (asyncio.IncompleteReadError, ConnectionError):
         writer.close()
@@ -54,5 +60,8 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    ttft, itl = (float(argument) / 1e3 for argument in sys.argv[1:])
-    asyncio.run(main())
+    ttft, itl = (float(argument) / 1e3 for argument in sys.argv[1:3])
+    cached = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    # epoll waits for whole milliseconds, rounded up: half of one too late on average. Not so select.
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
+        runner.run(main())

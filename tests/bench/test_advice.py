@@ -94,6 +94,16 @@ def test_on_a_cpu_memory_alone_decides_and_nothing_breaks_even(bench, quality):
     assert "recommended: 8 int8, which holds most tokens, 1,940 (speeds on a CPU say nothing" in line
 
 
+def test_on_a_cpu_a_sweep_recommends_a_policy_and_not_one_of_its_loads(bench, quality):
+    sweep = [
+        bench.record(name, number, concurrency=c, kv={"capacity_tokens": capacity})
+        for name, number, capacity in (("none", 0, 10), ("int8", 8, 1940))
+        for c in (1, 8)
+    ]
+    line = advise(compare_records(sweep), quality(**KL), Limits(1))[0]
+    assert line.startswith("recommended: 8 int8, which holds most tokens")
+
+
 def test_break_even_by_hand(bench, runs, quality):
     # int4 gives 0.9 of the tokens: from 1000 / 0.9 tokens in flight, 11.11 requests of 100, it gives more.
     _, int8, int4, turbo = advise(compare_records(runs), quality(**KL), Limits(1))

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kvq_core.bench.charts import Axis, Dot, Series, bars, chart, nice, short
+from kvq_core.bench.charts import Axis, Dot, Scale, Series, bars, chart, nice, short
 from kvq_core.bench.compare import compare_records
 from kvq_core.bench.html import page
 
@@ -31,6 +31,20 @@ def sweep(bench):
                 record.timeline.update(time_s=[0.0, 1.0, 2.0], kv_tokens=[0, 400, 90], waiting=[3, 1, 0])
                 records.append(record)
     return records
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (1.0, 110.0, [1, 2, 5, 10, 20, 50, 100]),
+        (1030.0, 1960.0, [1200, 1400, 1600, 1800]),
+        (60.0, 110.0, [60, 70, 80, 90, 100, 110]),
+        (101.0, 103.0, [101, 101.5, 102, 102.5, 103]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis(low, high, ticks):
+    """However narrow the range, there are several."""
+    assert Scale(low, high, True, 0, 100).ticks() == pytest.approx(ticks)
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from typing import Any
 
 import pytest
@@ -321,6 +323,106 @@ def test_a_late_generator_is_marked(bench, lag, bound, in_process):
         )
 
 
+@pytest.fixture
+def raw_server():
+    """`raw_server(serve)` runs `serve(connection, number)` for every connection; returns its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    numbers = count()
+
+    def start(serve: Callable[[socket.socket, int], None]) -> str:
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        serve(connection, next(numbers))
+
+        threading.Thread(target=accept, daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield start
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def chunked(*parts: bytes) -> bytes:
+    body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (*parts, b""))
+    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body
+
+
+def test_bytes_may_be_cut_anywhere(bench, raw_server):
+    """A byte at a time, with CRLF as SSE allows, and letters of several bytes."""
+    event = data({"choices": [{"text": "né", "finish_reason": None}]}).replace(b"\\u00e9", "é".encode())
+    end = choice("!", "length").replace(b"\n", b"\r\n")
+
+    def serve(connection, number):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.recv(65536)
+        for byte in chunked(event + event[:9], event[9:] + end, usage(4, 3), DONE):
+            connection.sendall(bytes([byte]))
+
+    result = replay(types.SimpleNamespace(url=raw_server(serve)), bench.requests(1, output_len=3))
+    (trace,) = result.traces
+    assert trace.error is None and (trace.input_len, trace.tokens, len(trace.arrivals)) == (4, 3, 3)
+
+
+def test_an_answer_that_has_arrived_is_stamped_before_it_is_read(bench, raw_server):
+    """Chunks that come in one piece are arrivals of one moment, however long the parser takes."""
+    stream = chunked(*(choice("t", "length" if i == 199 else None) for i in range(200)), usage(1, 200), DONE)
+
+    def serve(connection, number):
+        connection.recv(65536)
+        connection.sendall(stream)
+
+    result = replay(types.SimpleNamespace(url=raw_server(serve)), bench.requests(1, output_len=200))
+    (trace,) = result.traces
+    assert trace.succeeded and len(trace.itl) == 199 and len(set(trace.itl) - {0.0}) <= 3
+
+
+def test_connections_are_kept_and_a_stale_one_is_replaced(bench, raw_server):
+    """The server drops the first connection when it reads the third request, which is sent anew, once."""
+    read: list[int] = []
+
+    def serve(connection, number):
+        while connection.recv(65536):
+            read.append(number)
+            if len(read) == 3:
+                return
+            connection.sendall(chunked(choice("a", "length"), usage(1, 1), DONE))
+
+    result = replay(types.SimpleNamespace(url=raw_server(serve)), bench.requests(4, output_len=1), Load(1))
+    assert [trace.status for trace in result.traces] == ["ok"] * 4
+    assert read == [0, 0, 0, 1, 1]
+
+
+def test_a_server_by_its_name(bench, server):
+    """Names are looked up in threads, which end while connections are still being closed."""
+    server.url = server.url.replace("127.0.0.1", "localhost")
+    result = replay(server, bench.requests(4, output_len=2))
+    assert [trace.status for trace in result.traces] == ["ok"] * 4
+
+
+def test_a_server_that_always_hangs_up_is_not_asked_for_ever(bench, raw_server):
+    read: list[int] = []
+
+    def serve(connection, number):
+        connection.recv(65536)
+        read.append(number)
+
+    result = replay(types.SimpleNamespace(url=raw_server(serve)), bench.requests(2), Load(1))
+    assert [trace.error for trace in result.traces] == ["the stream broke off (RemoteProtocolError)"] * 2
+    assert read == [0, 1]
+
+
+def test_what_is_no_http_is_a_failed_request(bench, raw_server):
+    def serve(connection, number):
+        connection.recv(65536)
+        connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+
+    (trace,) = replay(types.SimpleNamespace(url=raw_server(serve)), bench.requests(1), Load(1)).traces
+    assert trace.error == "the stream broke off (RemoteProtocolError)"
+
+
 @pytest.mark.parametrize("url", ["http://h:80", "http://h:80/", "http://h:80/v1", "http://h:80/v1/"])
 def test_base_urls(url):
     assert normalize_url(url) == "http://h:80/v1"
@@ -338,6 +440,9 @@ def test_the_served_model(server):
     assert server.seen == [("/v1/models", "Bearer key")]
     server.models = ["a", "b"]
     with pytest.raises(KvqError, match="a, b"):
+        find_served_model(server.url, None)
+    server.models = []
+    with pytest.raises(KvqError, match=r"/v1/models names no model \(HTTP 200\)"):
         find_served_model(server.url, None)
     server.models_status = 401
     with pytest.raises(KvqError, match="refuses the key"):
@@ -399,6 +504,13 @@ def test_the_command(kvq, server, tokenizers, tmp_path, monkeypatch, api):
     assert f"{server.url}/v1" in out and "measured on a CPU" not in out
     prompts = [body.get("prompt") or body["messages"][0]["content"] for body in server.bodies]
     assert all(isinstance(prompt, str if api == "chat" else list) for prompt in prompts)
+
+
+def test_a_tokenizer_is_named_even_if_it_is_the_default_model(kvq, server, tokenizers):
+    """Without --model it is the served model's; `--model demo` says otherwise."""
+    code, _, err = kvq("profile-throughput", "--base-url", server.url, "--model", "demo", *SMALL)
+    assert code == 0, err
+    assert tokenizers == ["demo"] and server.bodies[0]["model"] == "fake-model"
 
 
 def test_names_of_model_and_key(kvq, server, tokenizers, monkeypatch):

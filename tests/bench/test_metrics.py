@@ -6,7 +6,9 @@ import random
 import numpy as np
 import pytest
 
+from kvq_core.bench.load import Load, run_load
 from kvq_core.bench.metrics import DEFINITIONS, LATENCIES, parse_limits, percentile, quantiles, summarize
+from kvq_core.bench.target import BenchRequest
 from kvq_core.errors import UsageError
 
 
@@ -57,15 +59,67 @@ def test_a_single_token_has_no_tpot_and_no_gap(bench):
     assert alone["mean_ttft_ms"] == pytest.approx(1000)
 
 
-@pytest.mark.parametrize("end", ["failed", "unfinished"])
+@pytest.mark.parametrize("end", ["failed", "unfinished", "cancelled"])
 def test_what_did_not_succeed_never_improves_a_figure(bench, end):
     slow = bench.trace(0.0, [2.0, 4.0])
     fast = bench.trace(0.0, [0.1, 0.2, 0.3], error="boom" if end == "failed" else None)
     if end == "unfinished":
         fast.ended = None
-    both, alone = summarize([slow, fast], 4.0), summarize([slow], 4.0)
+    fast.cancelled = end == "cancelled"
+    limits = {"ttft": 5000.0}
+    both, alone = summarize([slow, fast], 4.0, limits), summarize([slow], 4.0, limits)
     assert both[end] == 1
     assert both | {end: 0} == alone
+    assert quantiles([slow, fast]) == quantiles([slow])
+
+
+def test_every_kind_of_request_in_one_run_by_hand(bench):
+    """Streams of a server, played to the load generator, and every figure worked out on paper.
+
+    index  events (s after sending, chunks)   usage  outcome    ttft  tpot          gaps      e2e
+    0      1.0, 1.4, 2.2                      3      ok         1.0   1.2/2 = 0.6   0.4, 0.8  2.2
+    1      0.5                                1      ok         0.5   none          none      0.5
+    2      2.0, 3.0 (one chunk of 4 tokens)   5      ok         2.0   1.0/4 = 0.25  1.0       3.0
+    3      0.1, 0.2 with an error             -      failed
+    4      0.1, then the end                  1 of 3 failed: it stops short
+    5      0.1, 0.2, …                        -      cancelled after some token
+    """
+    scripts = {
+        0: bench.Script([1.0, 0.4, 0.8]),
+        1: bench.Script([0.5]),
+        2: bench.Script([2.0, 1.0], tokens=[1, 4]),
+        3: bench.Script([0.1, 0.1], error="out of memory"),
+        4: bench.Script([0.1]),
+        5: bench.Script([0.1] * 8),
+    }
+    lengths = {0: 3, 1: 1, 2: 5, 3: 2, 4: 3, 5: 8}
+    requests = [BenchRequest(i, [1] * 10, 10, length) for i, length in lengths.items()]
+
+    class OneLeaves(Load):
+        def cancellations(self, requests):
+            return {5: 3}
+
+    result = run_load(
+        target := bench.Target(lambda request: scripts[request.index]),
+        requests,
+        OneLeaves(6),
+        clock=target.clock,
+    )
+    assert [trace.status for trace in result.traces] == ["ok"] * 3 + ["failed"] * 2 + ["cancelled"]
+    assert result.duration == pytest.approx(3.0)
+    m = summarize(result.traces, result.duration, {"ttft": 1500, "tpot": 500})
+    assert (m["completed"], m["failed"], m["cancelled"]) == (3, 2, 1)
+    assert (m["total_input_tokens"], m["total_output_tokens"]) == (30, 9)
+    assert m["output_throughput"] == pytest.approx(9 / 3.0)
+    assert m["request_goodput"] == pytest.approx(1 / 3.0)  # 0: a token too slow, 2: the first one too late
+    assert m["mean_ttft_ms"] == pytest.approx((1000 + 500 + 2000) / 3)
+    assert m["mean_tpot_ms"] == pytest.approx((600 + 250) / 2)
+    assert m["mean_itl_ms"] == pytest.approx((400 + 800 + 1000) / 3)
+    assert m["mean_e2el_ms"] == pytest.approx((2200 + 500 + 3000) / 3)
+    assert m["p50_ttft_ms"] == pytest.approx(1000)
+    assert m["p90_ttft_ms"] == pytest.approx(1800)  # 0.9 * 2 = 1.8: 1000 + 0.8 * (2000 - 1000)
+    assert m["p50_itl_ms"] == pytest.approx(800)
+    assert m["std_tpot_ms"] == pytest.approx(175)
 
 
 def test_nothing_completed_gives_zeros_and_none_but_never_nan(bench):
@@ -126,41 +180,82 @@ def test_row_of_a_request(bench):
     assert nothing["status"] == "failed" and nothing["ttft_ms"] is None and nothing["error"] == "boom"
 
 
-def test_the_same_as_vllm_bench_serve_says_of_the_same_timestamps(bench):
-    """`calculate_metrics` of `vllm bench serve`, by its definitions, with numpy, on random streams.
+def vllm_bench_serve(outputs, duration, goodput):
+    """What `vllm bench serve` works out of its request outputs, by its definitions, written down anew.
 
-    There an output has latency, ttft and itl, and TPOT is (latency - ttft) / (output tokens - 1).
+    An output has: success; prompt_len; output_tokens, as the usage block says; ttft, from sending to the
+    first chunk; itl, from each chunk to the next one, whatever number of tokens it holds; latency, to the
+    last chunk. TPOT is (latency - ttft) / (output_tokens - 1) of outputs of more than one token; for goodput,
+    but not in its distribution, that of a single token is 0. What did not succeed is left out everywhere.
     """
+    good = [output for output in outputs if output["success"]]
+    samples = {name: [] for name in ("ttft", "tpot", "itl", "e2el")}
+    met = 0
+    for output in good:
+        samples["ttft"].append(output["ttft"])
+        samples["e2el"].append(output["latency"])
+        samples["itl"] += output["itl"]
+        tpot = 0.0
+        if output["output_tokens"] > 1:
+            tpot = (output["latency"] - output["ttft"]) / (output["output_tokens"] - 1)
+            samples["tpot"].append(tpot)
+        met += output["ttft"] <= goodput["ttft"] / 1e3 and tpot <= goodput["tpot"] / 1e3
+    tokens = sum(output["output_tokens"] for output in good)
+    prompts = sum(output["prompt_len"] for output in good)
+    metrics = {
+        "completed": len(good),
+        "failed": len(outputs) - len(good),
+        "total_input_tokens": prompts,
+        "total_output_tokens": tokens,
+        "request_throughput": len(good) / duration,
+        "request_goodput": met / duration,
+        "output_throughput": tokens / duration,
+        "total_token_throughput": (prompts + tokens) / duration,
+    }
+    for name, seconds in samples.items():
+        ms = np.array(seconds) * 1e3
+        metrics |= {f"mean_{name}_ms": ms.mean(), f"median_{name}_ms": np.median(ms)}
+        metrics |= {f"std_{name}_ms": np.std(ms)}
+        metrics |= {f"p{p}_{name}_ms": np.percentile(ms, p) for p in (50, 90, 95, 99)}
+    return metrics, samples
+
+
+def test_the_same_as_vllm_bench_serve_says_of_the_same_timestamps(bench):
+    """Random streams: chunks of 1 to 4 tokens, some of them at one moment; one-token answers; failures."""
     generator = random.Random(7)
     traces, outputs = [], []
-    for index in range(60):
+    for index in range(80):
         sent = generator.uniform(0, 5)
         times = [sent + generator.uniform(0.05, 0.4)]
-        for _ in range(generator.randint(0, 30)):
-            times.append(times[-1] + generator.expovariate(40))
-        failed = index % 9 == 0
-        traces.append(
-            bench.trace(sent, times, index=index, input_len=index + 1, error="no" if failed else None)
+        for _ in range(0 if index % 10 == 3 else generator.randint(0, 30)):
+            times.append(times[-1] + generator.choice([0.0, generator.expovariate(40)]))
+        tokens = [1] + [generator.randint(1, 4) for _ in times[1:]]
+        success = index % 9 > 1
+        trace = bench.trace(sent, times, index=index, input_len=index + 1)
+        trace.counted, trace.output_len = sum(tokens), sum(tokens)
+        if index % 9 == 0:
+            trace.error = "no"
+        trace.cancelled = index % 9 == 1
+        traces.append(trace)
+        outputs.append(
+            {
+                "success": success,
+                "prompt_len": index + 1,
+                "output_tokens": sum(tokens),
+                "ttft": times[0] - sent,
+                "itl": np.diff(times).tolist(),
+                "latency": times[-1] - sent,
+            }
         )
-        if not failed:
-            gaps = np.diff(times)
-            outputs.append((index + 1, len(times), times[0] - sent, times[-1] - sent, gaps))
-    metrics = summarize(traces, 9.0)
-    assert metrics["completed"] == len(outputs) and metrics["failed"] == 60 - len(outputs)
-    assert metrics["request_throughput"] == pytest.approx(len(outputs) / 9.0)
-    assert metrics["output_throughput"] == pytest.approx(sum(n for _, n, *_ in outputs) / 9.0)
-    assert metrics["total_token_throughput"] == pytest.approx(sum(i + n for i, n, *_ in outputs) / 9.0)
-    expected = {
-        "ttft": [ttft for _, _, ttft, _, _ in outputs],
-        "tpot": [(latency - ttft) / (n - 1) for _, n, ttft, latency, _ in outputs if n > 1],
-        "itl": [gap for *_, gaps in outputs for gap in gaps],
-        "e2el": [latency for _, _, _, latency, _ in outputs],
-    }
-    for name, seconds in expected.items():
+    limits = {"ttft": 250.0, "tpot": 12.0}
+    expected, samples = vllm_bench_serve(outputs, 9.0, limits)
+    metrics = summarize(traces, 9.0, limits)
+    assert 0 < metrics["request_goodput"] < metrics["request_throughput"]
+    assert len(samples["tpot"]) < len(samples["ttft"]) and 0.0 in samples["itl"]
+    # There, requests that the client cancelled count as failed; here apart.
+    assert metrics["cancelled"] == 9 and metrics["failed"] + metrics["cancelled"] == expected.pop("failed")
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value), name
+    for name, seconds in samples.items():
         ms = np.array(seconds) * 1e3
-        assert metrics[f"mean_{name}_ms"] == pytest.approx(ms.mean())
-        assert metrics[f"median_{name}_ms"] == pytest.approx(np.median(ms))
-        assert metrics[f"std_{name}_ms"] == pytest.approx(ms.std())
-        for p in (50, 90, 95, 99):
-            assert metrics[f"p{p}_{name}_ms"] == pytest.approx(np.percentile(ms, p))
         assert quantiles(traces)[name] == pytest.approx(np.percentile(ms, range(101)), abs=1e-3)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -211,6 +212,20 @@ def test_one_run_in_full(bench):
     assert values["KV capacity, tokens"] == "502"
     assert latencies.columns == ["latency, ms", "mean", "p50", "p90", "p95", "p99"]
     assert [cell.text for cell in latencies.rows[0]] == ["TTFT"] + ["1,000"] * 5
+
+
+def test_one_run_of_a_server_in_full(bench):
+    """Nothing of a cache that a client does not see, and whether the client kept up."""
+    record = replace(
+        bench.record("vllm", kv={"prefix_hit_rate": 0.25}),
+        engine={"backend": "http", "url": "http://h:80/v1"},
+    )
+    record.metrics["p99_lag_ms"] = 0.4321
+    summary, _ = report.run_tables(record)
+    values = {row[0].text: row[1].text for row in summary.rows}
+    assert values["prompt tokens from its prefix cache"] == "25%"
+    assert values["load generator late by, p99"] == "0.432 ms"
+    assert "-" not in values.values() and not any("KV" in name for name in values)
 
 
 def test_the_reference_backend_is_named_only_on_a_cpu(bench):

@@ -13,7 +13,7 @@ import pytest
 
 from kvq_core.bench.http_target import HttpTarget
 from kvq_core.bench.load import Load, run_load
-from kvq_core.bench.metrics import summarize
+from kvq_core.bench.metrics import percentile, summarize
 from kvq_core.bench.run import measure
 from kvq_core.bench.spread import SpreadTarget
 from kvq_core.bench.workload import Workload
@@ -27,15 +27,15 @@ CALM = 0.02
 
 @pytest.fixture
 def mock(monkeypatch):
-    """`mock(ttft, itl)` starts a server and returns its URL."""
+    """`mock(ttft, itl, cached)` starts a server and returns its URL."""
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     servers = []
 
-    def start(ttft: float = TTFT, itl: float = ITL) -> str:
+    def start(ttft: float = TTFT, itl: float = ITL, cached: int = 0) -> str:
         script = Path(__file__).with_name("mock_server.py")
-        argv = [sys.executable, str(script), str(ttft), str(itl)]
+        argv = [sys.executable, str(script), str(ttft), str(itl), str(cached)]
         servers.append(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
         assert servers[-1].stdout
         return f"http://127.0.0.1:{servers[-1].stdout.readline().strip()}"
@@ -61,10 +61,15 @@ def waited(pid):
         return 0.0
 
 
-def test_known_delays_and_the_cost_of_a_token(bench, mock):
-    """64 streams: a request every 1080 / 64 ms, each of which takes 100 + 49 * 20 = 1080 ms."""
-    rate = STREAMS / ((TTFT + (TOKENS - 1) * ITL) / 1e3)
-    load = Load(request_rate=rate, burstiness=1e4)
+RATE = STREAMS / ((TTFT + (TOKENS - 1) * ITL) / 1e3)
+"""Requests per second that keep the streams busy: each takes 100 + 49 * 20 = 1080 ms."""
+
+
+@pytest.mark.parametrize(
+    "load", [Load(request_rate=RATE, burstiness=1e4), Load(STREAMS)], ids=["one by one", "all at once"]
+)
+def test_known_delays_and_the_cost_of_a_token(bench, mock, load):
+    """64 streams, whose tokens come evenly spread over time, or all at the same moments."""
     target = HttpTarget(mock(), "mock")
     pids = ("self", mock.pid())
     found = []
@@ -81,6 +86,7 @@ def test_known_delays_and_the_cost_of_a_token(bench, mock):
                 for figure in ("mean", "p50", "p99")
                 for name, delay in (("ttft", TTFT), ("itl", ITL))
             }
+            off["lag"] = percentile(sorted(trace.lag * 1e3 for trace in result.traces), 99)
             # Where others have the cores, a figure may be off by as long as they had them.
             calm = lost < CALM * result.duration
             extra = 0.0 if calm else lost * 1e3
@@ -93,24 +99,24 @@ def test_known_delays_and_the_cost_of_a_token(bench, mock):
         target.close()
     print(found)
     assert any(good for good, *_ in found), found
-    assert max(per_second for *_, per_second in found) >= 5000, found
+    assert max(per_second for *_, per_second in found) >= 10_000, found
 
 
-def test_5000_tokens_a_second_from_one_process(bench, mock):
-    """100 streams of 50 tokens a second: the generator keeps up in the middle half of the run."""
+def test_8000_tokens_a_second_from_one_process(bench, mock):
+    """180 streams of 50 tokens a second: the generator keeps up in the middle half of the run."""
     target = HttpTarget(mock(), "mock")
     pids = ("self", mock.pid())
     found = []
     try:
-        warm_up(target, bench, 100)
+        warm_up(target, bench, 180)
         for _ in range(TRIES):
             lost = sum(map(waited, pids))
-            result = run_load(target, bench.requests(100, output_len=100), Load(100))
+            result = run_load(target, bench.requests(180, output_len=100), Load(180))
             assert all(trace.succeeded for trace in result.traces)
             calm = sum(map(waited, pids)) - lost < CALM * result.duration
             low, high = (result.start + share * result.duration for share in (0.35, 0.85))
             seen = sum(low <= at < high for trace in result.traces for at, _ in trace.arrivals) / (high - low)
-            found.append((seen >= (4950 if calm else 500), calm, seen))
+            found.append((seen >= (8000 if calm else 500), calm, seen))
             if found[-1][0] and calm:
                 break
     finally:
@@ -170,7 +176,7 @@ def test_a_server_that_hangs_shows_in_every_request_that_was_due(bench):
 
 @pytest.fixture
 def spread(mock):
-    target = SpreadTarget(partial(HttpTarget, mock(5, 1), "mock"), 2)
+    target = SpreadTarget(partial(HttpTarget, mock(5, 1, cached=4), "mock"), 2)
     yield target
     target.close()
 
@@ -181,6 +187,9 @@ def test_several_processes_do_the_same_work(bench, spread):
     assert measurement.record.metrics["completed"] == 12 and measurement.record.complete
     assert measurement.record.metrics["total_output_tokens"] == 60
     assert all(5 <= row["ttft_ms"] < 500 for row in measurement.rows)
+    assert measurement.record.kv == {"prefix_hit_rate": 0.4}  # 4 of 10 tokens of every prompt
+    spread.reset_stats()
+    assert spread.kv_stats() == {}
     assert "p99_lag_ms" in measurement.record.metrics and spread.info().engine["backend"] == "http"
     cancelled = run_load(spread, bench.requests(6, output_len=40), Load(3, cancel_rate=0.5))
     assert sum(trace.cancelled for trace in cancelled.traces) == 3
@@ -212,6 +221,7 @@ def test_two_servers_take_turns(kvq, mock, tmp_path, monkeypatch):
     ]
     assert records[1]["mean_ttft_ms"] > records[0]["mean_ttft_ms"] + 20
     assert records[1]["model"]["name"] == "other" and "changes are against quick" in out
+    assert "8 ok" in out and "capacity" not in out  # a server's cache is its own affair
     for flags, message in (
         (("--target", "quick"), "is no --target"),
         (("--target", "a=http://h,colour=red"), "is no --target"),
