@@ -76,6 +76,10 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Spinning at barriers makes a CPU run many times slower as soon as anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        from kvq_core.parallel.follow import main as follow
+
+        follow()  # torchrun starts every rank with the same command line, and rank 0 leads
     logger = logging.getLogger("kvq")
     logger.setLevel(logging.INFO)
     logger.addHandler(TalkHandler())

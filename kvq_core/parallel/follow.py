@@ -24,6 +24,7 @@ from kvq_core.models import LoadedModel
 from kvq_core.models.load import load_shard
 from kvq_core.parallel.group import Ranks
 from kvq_core.parallel.launch import LOST, STORE, is_launched, join
+from kvq_core.quality.read_back import forward as read_back
 
 
 class Follower:
@@ -55,6 +56,9 @@ class Follower:
 
     def step(self, number: int, work: Work) -> None:
         self.runners[number].run(work)
+
+    def read_back(self, model: int, *args: Any) -> None:
+        read_back(self.models[model], *args)
 
     def close(self, number: int) -> None:
         self.runners.pop(number, None)
