@@ -71,6 +71,7 @@ class Follower:
 @record
 def main() -> None:
     """Join the group as the rank that the environment names, and follow."""
+    logging.getLogger("kvq").propagate = False  # rank 0 says it
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = None
     if not is_launched():

@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +28,8 @@ STORE = "KVQ_STORE_PORT"
 """Environment of the ranks that this process starts: where they meet."""
 LOST = 75
 """Exit code of a rank that ends because another one did."""
+GOODBYE = 10.0
+"""Seconds that ranks have to end by themselves."""
 FOREVER = timedelta(days=365)
 """A server without requests may be quiet for long; a rank that dies closes its connections."""
 
@@ -89,10 +92,10 @@ def _lead(size: int, launched: bool) -> Ranks:
     store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
     followers = Followers(size, store.port)
     group = Ranks(0, size, followers.failure)
+    atexit.register(followers.end, group)
     with group.together():
         followers.wait_until_up(store)
         join(0, size, store)
-    atexit.register(followers.end, group)
     return group
 
 
@@ -142,15 +145,12 @@ class Followers:
 
     def end(self, group: Ranks) -> None:
         """Let the ranks end, or end them."""
-        try:
-            if self._error is None:
-                group.tell("end")
-                self._ending = True
-                self._died.wait(10)
-        except Exception:
-            pass
         self._ending = True
-        self._context.close(signal.SIGKILL)
+        with suppress(Exception):
+            group.tell("end")
+            self._died.wait(GOODBYE)
+        with suppress(Exception):
+            self._context.close(signal.SIGKILL)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _watch(self) -> None:
@@ -186,8 +186,7 @@ class Followers:
         how = how or f"ended with exit code {failure.exitcode}"
         log = Path(result.stderrs[failure.local_rank])  # type: ignore[attr-defined]
         lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-        last = failure.message if failure.error_file_data.get("message") else (lines or [""])[-1]
-        last = last if isinstance(last, str) else str(last)
+        last = str(failure.message) if Path(failure.error_file).is_file() else (lines or [""])[-1]
         rank = f"rank {failure.local_rank + 1} on {socket.gethostname()} (process {failure.pid})"
         return KvqError(
             f"{rank} {how}" + (f": {last}" if last else ""),
