@@ -88,7 +88,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _follow_under_torchrun(args: list[str]) -> None:
-    """torchrun starts every rank with the same command line: rank 0 goes on from here, the others follow it."""
+    """torchrun starts every rank with the same command line: rank 0 goes on, the others follow it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return
     if not any(arg == "--tp" or arg.startswith("--tp=") for arg in args):

@@ -75,7 +75,7 @@ def write(case: Case, folder: str) -> None:
 
 
 def generate(model: LoadedModel, policy: str, tp: int) -> dict[str, Any]:
-    """Answers to several prompts, with so few pages that requests are preempted; cached prompts come twice."""
+    """Answers to several prompts, with so few pages that some are preempted; cached prompts come twice."""
     prefix_caching = "+" in policy
     own = get_policy(policy)
     plan = plan_cache(

@@ -1,4 +1,4 @@
-"""Tensor parallelism on the CPU, over gloo: several processes give the tokens of one, and die in good order."""
+"""Tensor parallelism on the CPU, over gloo: processes give the tokens of one, and die in good order."""
 
 import json
 import os
@@ -134,7 +134,7 @@ def test_under_torchrun_rank_0_leads_and_the_others_follow(tmp_path: Path) -> No
 
 def test_heads_that_do_not_divide_are_refused_before_anything_starts(tmp_path: Path) -> None:
     model = write_config(tmp_path)
-    with pytest.raises(UsageError, match="--tp 3 does not divide.* 4 query heads and 2 kv heads") as error:
+    with pytest.raises(UsageError, match=r"--tp 3 does not divide.* 4 query heads and 2 kv heads") as error:
         load_model(model, load_format="dummy", device="cpu", tp=3)
     assert error.value.hint.endswith("1, 2, 4")
 
