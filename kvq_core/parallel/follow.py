@@ -22,7 +22,7 @@ from kvq_core.engine.work import Work
 from kvq_core.errors import KvqError
 from kvq_core.models import LoadedModel
 from kvq_core.models.load import load_shard
-from kvq_core.parallel.group import Ranks
+from kvq_core.parallel.group import Ranks, is_lost
 from kvq_core.parallel.launch import LOST, STORE, is_launched, join
 from kvq_core.quality.read_back import forward as read_back
 
@@ -82,8 +82,7 @@ def main() -> None:
     try:
         Follower(Ranks(rank, size)).run()
     except RuntimeError as error:
-        # Only gloo and NCCL say so. Not an error of this rank's own: no report of it, and no cleaning up.
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if is_lost(error):  # not an error of this rank's own: no report of it, and no cleaning up
             print(f"lost the other ranks: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             os._exit(LOST)
         raise

@@ -160,7 +160,17 @@ class Ranks(Group):
             failure = self._failure(PATIENCE) if isinstance(error, Exception) else None
             if failure is not None:
                 raise failure from error
+            if is_lost(error):
+                raise KvqError(
+                    f"another rank is gone: {str(error).splitlines()[0]}",
+                    "torchrun reports which one died; what was measured is kept",
+                ) from error
             raise
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a collective failed because of another rank: gloo has no type of its own for it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 @contextmanager

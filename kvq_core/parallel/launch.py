@@ -186,7 +186,10 @@ class Followers:
         how = how or f"ended with exit code {failure.exitcode}"
         log = Path(result.stderrs[failure.local_rank])  # type: ignore[attr-defined]
         lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-        last = str(failure.message) if Path(failure.error_file).is_file() else (lines or [""])[-1]
+        last = lines[-1] if lines else ""
+        if Path(failure.error_file).is_file():
+            told = failure.message
+            last = str(told.get("message")) if isinstance(told, dict) else str(told)
         rank = f"rank {failure.local_rank + 1} on {socket.gethostname()} (process {failure.pid})"
         return KvqError(
             f"{rank} {how}" + (f": {last}" if last else ""),
