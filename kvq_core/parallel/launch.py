@@ -172,7 +172,8 @@ class Followers:
             if result is not None and not self._ending:
                 self._error = self._describe(result)
         if self._error is not None and torch.cuda.is_initialized() and dist.is_initialized():
-            dist.distributed_c10d._abort_process_group()  # else what waits for the dead rank never ends
+            with suppress(Exception):  # else what waits for the dead rank never ends
+                dist.distributed_c10d._abort_process_group()
         self._died.set()
 
     def _describe(self, result: "object") -> KvqError:
