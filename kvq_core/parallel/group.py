@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -32,10 +32,6 @@ class Group:
 
     rank = 0
     size = 1
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
 
     def tell(self, name: str, *args: Any) -> None:
         """Have every other rank do `name` with these arguments, after all that it was told before."""
@@ -150,32 +146,27 @@ class Ranks(Group):
 
     @contextmanager
     def together(self, whole: bool = False) -> Iterator[None]:
-        try:
-            with _interrupt_later() if whole else _nothing():
+        with _interrupt_later() if whole else nullcontext():
+            try:
                 yield
-        except KvqError:
-            raise
-        except BaseException as error:
-            self._broken = True
-            failure = self._failure(PATIENCE) if isinstance(error, Exception) else None
-            if failure is not None:
-                raise failure from error
-            if is_lost(error):
-                raise KvqError(
-                    f"another rank is gone: {str(error).splitlines()[0]}",
-                    "torchrun reports which one died; what was measured is kept",
-                ) from error
-            raise
+            except KvqError:
+                raise
+            except BaseException as error:
+                self._broken = True
+                failure = self._failure(PATIENCE) if isinstance(error, Exception) else None
+                if failure is not None:
+                    raise failure from error
+                if is_lost(error):
+                    raise KvqError(
+                        f"another rank is gone: {str(error).splitlines()[0]}",
+                        "torchrun reports which one died; what was measured is kept",
+                    ) from error
+                raise
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether a collective failed because of another rank: gloo has no type of its own for it."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

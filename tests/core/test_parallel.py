@@ -68,9 +68,9 @@ class Benchmark:
     def __init__(self, folder: Path) -> None:
         self.output, log = folder / "record.json", folder / "log"
         model = write_config(folder / "model")
+        engine = "--load-format dummy --dtype float32 --device cpu --tp 2 --policy 42 --kv-memory 16MiB"
         work = "--dataset-name fixed --input-len 16 --output-len 16 --num-prompts 9000"
-        load = "--concurrency 4 --num-warmups 4"
-        flags = f"--load-format dummy --dtype float32 --device cpu --tp 2 --policy 42 --kv-memory 16MiB {work} {load}"
+        flags = f"{engine} {work} --concurrency 4 --num-warmups 4"
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [*KVQ, "profile-throughput", "--model", model, "--output", str(self.output), *flags.split()],
