@@ -1,7 +1,9 @@
 """Run in a process of its own: `parallel_cases.py TP FOLDER`. Tokens of one process and of TP, as JSON."""
 
 import json
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +111,24 @@ def generate(model: LoadedModel, policy: str, tp: int) -> dict[str, Any]:
     return found
 
 
+def interrupted(model: LoadedModel, tp: int, press: bool) -> list[int]:
+    """The tokens after the first step, in the middle of which Ctrl-C is pressed or not."""
+    engine = Engine(model, EngineConfig(tp=tp, kv_memory=1 << 20))
+    engine.add_request([1, 2, 3], SamplingParams(max_new_tokens=8, ignore_eos=True))
+    run = engine.runner.run
+    if press:
+        engine.runner.run = lambda *work: (signal.raise_signal(signal.SIGINT), run(*work))[1]  # type: ignore
+    with suppress(KeyboardInterrupt):
+        engine.step()
+        assert not press, "Ctrl-C was lost"
+    engine.runner.run = run  # type: ignore[method-assign]
+    answer = [token for _ in range(7) for output in engine.step() for token in output.token_ids]
+    engine.close()
+    return answer
+
+
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     tp, folder = int(sys.argv[1]), sys.argv[2]
     rows = []
     for number, case in enumerate(CASES[tp]):
@@ -120,6 +139,7 @@ def main() -> None:
             results = {"one": generate(alone, policy, 1), "several": generate(split, policy, tp)}
             described = split.describe() == alone.describe()
             rows.append({"case": f"{case.kind} {policy}", "described": described, **results})
+        assert interrupted(split, tp, True) == interrupted(alone, 1, False), "Ctrl-C left ranks out of step"
     print(json.dumps(rows))
 
 
