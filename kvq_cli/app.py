@@ -76,13 +76,29 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Spinning at barriers makes a CPU run many times slower as soon as anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    args = sys.argv[1:] if args is None else args
+    _follow_under_torchrun(args)
     logger = logging.getLogger("kvq")
     logger.setLevel(logging.INFO)
     logger.addHandler(TalkHandler())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a narrow locale shows `?` and does not end the run
-    sys.exit(_run(sys.argv[1:] if args is None else args))
+    sys.exit(_run(args))
+
+
+def _follow_under_torchrun(args: list[str]) -> None:
+    """torchrun starts every rank with the same command line: rank 0 goes on, the others follow it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    if not any(arg == "--tp" or arg.startswith("--tp=") for arg in args):
+        size = os.environ["WORLD_SIZE"]
+        show_error(UsageError(f"torchrun started {size} ranks, and there is no --tp", f"give --tp {size}"))
+        sys.exit(UsageError.exit_code)
+    if os.environ["RANK"] != "0":
+        from kvq_core.parallel.follow import main as follow
+
+        follow()
 
 
 def _run(args: list[str]) -> int:

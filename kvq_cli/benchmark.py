@@ -140,6 +140,7 @@ def measure_policies(
             device=config.device,
             load_format=config.load_format,
             need_tokenizer=plan.spec.needs_tokenizer,
+            tp=config.tp,
         )
     _check_codecs(model, policies)
     works = [_work(plan.at(point), point is points[0], model, config, dataset) for point in points]

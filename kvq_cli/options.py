@@ -170,6 +170,17 @@ Device = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Tp = Annotated[
+    int,
+    typer.Option(
+        "--tp",
+        min=1,
+        metavar="N",
+        help="Split the model and its KV cache over N GPUs (tensor parallelism); the other processes are "
+        "started here, or by torchrun for several machines. With --device cpu, N processes.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 LoadFormat = Annotated[
     str,
     typer.Option(
@@ -245,8 +256,8 @@ KeyBias = Annotated[
 KvMemory = Annotated[
     int | None,
     typer.Option(
-        help="Memory for the KV cache, as `8GiB` or `512MiB`. The same for every policy makes them "
-        "comparable.",
+        help="Memory for the KV cache, as `8GiB` or `512MiB`; with --tp, of each GPU. The same for every "
+        "policy makes them comparable.",
         parser=parse_size,
         metavar="SIZE",
         show_default="sized from free memory",
@@ -416,6 +427,7 @@ ENGINE_FLAGS: dict[str, Any] = {
     "dtype": Dtype,
     "device": Device,
     "load_format": LoadFormat,
+    "tp": Tp,
     "max_num_seqs": MaxNumSeqs,
     "prefill_chunk": PrefillChunk,
     "prefix_caching": PrefixCaching,

@@ -51,7 +51,7 @@ def score(
     with console.progress(f"loading {model}"):
         from kvq_core.models import load_model
 
-        loaded = load_model(model, dtype=config.dtype, device=config.device)
+        loaded = load_model(model, dtype=config.dtype, device=config.device, tp=config.tp)
     if limit is None:
         limit = CPU_SAMPLES if loaded.device.type == "cpu" else 0
     console.say(f"{', '.join(names)}: {f'the first {limit} samples' if limit else 'all samples'} of each")

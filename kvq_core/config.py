@@ -30,11 +30,11 @@ class EngineConfig:
     load_format: str = "auto"
     """auto | dummy (random weights, for measuring speed without a checkpoint)"""
     tp: int = 1
-    """Reserved: tensor parallelism."""
+    """Processes that hold a shard of the model and of the cache each; on GPUs, one each."""
     page_size: int = 64
     """Tokens a page."""
     kv_memory: int | None = None
-    """Bytes for the KV cache; None sizes it from free memory."""
+    """Bytes for the KV cache, of each GPU where there are several; None sizes it from free memory."""
     gpu_memory_utilization: float = 0.9
     """Share of the device's memory that weights, activations and cache may use together."""
     swap_memory: int = 4 << 30

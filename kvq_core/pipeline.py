@@ -54,7 +54,13 @@ def pipeline(
     """
     config = config or EngineConfig()
     if isinstance(model, str):
-        model = load_model(model, dtype=config.dtype, device=config.device, load_format=config.load_format)
+        model = load_model(
+            model,
+            dtype=config.dtype,
+            device=config.device,
+            load_format=config.load_format,
+            tp=config.tp,
+        )
     return Pipeline(model, config, progress)
 
 

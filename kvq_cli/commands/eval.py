@@ -184,6 +184,8 @@ def eval(
         raise UsageError("--budget is for --sensitivity", "add `--sensitivity`, or leave it out")
     if sensitivity and tasks is not None:
         raise UsageError("--sensitivity and --tasks exclude each other", "layers are ranked on a text")
+    if sensitivity and config.tp > 1:
+        raise UsageError("--sensitivity needs --tp 1", "each rank sees the keys and values of its own heads")
     chosen = [config.with_policy(policy).resolved_policy() for policy in parse_policies(policies)]
     start = only_policy(chosen) if sensitivity else None
     if tasks is not None:
@@ -215,7 +217,7 @@ def eval(
     with console.progress(f"loading {model}"):
         from kvq_core.quality.perplexity import evaluate, load_for_evaluation
 
-        loaded = load_for_evaluation(model, dtype=config.dtype, device=config.device)
+        loaded = load_for_evaluation(model, dtype=config.dtype, device=config.device, tp=config.tp)
     from kvq_core.quality.text import cut_windows
 
     if limit is None:

@@ -28,6 +28,7 @@ class EngineTarget:
                 "backend": "triton" if self.engine.model.device.type == "cuda" else "reference",
                 "device": config.device,
                 "dtype": config.dtype,
+                "tp": config.tp,
                 "page_size": config.page_size,
                 "prefill_chunk": config.prefill_chunk,
                 "prefix_caching": config.prefix_caching,

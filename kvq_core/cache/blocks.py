@@ -181,6 +181,7 @@ class BlockManager:
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self.num_rows = num_rows
         self.prefix = PrefixCache()
+        self._evicted: list[bytes] = []
         unwindowed = [g for g in self.groups if not g.shape.window]
         self._counted = (unwindowed or self.groups)[0].allocator
         """Of the group by which tokens are counted."""
@@ -252,9 +253,24 @@ class BlockManager:
     def evict(self) -> None:
         """Give up the cached chunk that was used least recently."""
         chunk = self.prefix.pop()
+        self._evicted.append(chunk.key)
         for group, (_, pages) in zip(self.groups, chunk.columns, strict=True):
             for page in pages:
                 group.allocator.drop(page)
+
+    def take_evicted(self) -> list[bytes]:
+        """The keys of the cached chunks that were given up since the last call."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+    def take_dirty(self) -> list[tuple[list[int], np.ndarray]]:
+        """For each group, the rows of its table that changed since the last call, and copies of them."""
+        changed = []
+        for group in self.groups:
+            rows = sorted(group.dirty)
+            changed.append((rows, group.table[rows]))
+            group.dirty.clear()
+        return changed
 
     def _free_pages(self, group: _GroupBlocks, count: int) -> None:
         """See that `count` of the available pages are free, at the cost of cached chunks."""

@@ -1,14 +1,14 @@
 """The cache in memory: uint8 pages, block tables on the device, raw windows, swapping to the host."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvq_core.cache.blocks import BlockManager
 from kvq_core.cache.plan import CachePlan
-from kvq_core.cache.prefix import CachedChunk
 from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import PageLayout, RawWindow
 
@@ -75,17 +75,20 @@ class PagedCache:
                     (biases or {}).get(layer) if layout.key.num_meta else None,
                 )
         self.layers = [layers[i] for i in range(len(layers))]
+        self._raw_kept: dict[bytes, RawCopies] = {}
+        """Cached chunk -> the raw windows as it left them."""
         self._swapped: dict[int, tuple[list[Tensor], RawCopies]] = {}
 
-    def sync_tables(self) -> None:
-        """Bring the device's block tables up to date; on a CPU they share the host's memory."""
-        for group, table in zip(self.blocks.groups, self.tables, strict=True):
-            if self.device.type != "cpu" and group.dirty:
-                rows = sorted(group.dirty)
-                host = torch.from_numpy(group.table[rows]).pin_memory()
-                index = torch.tensor(rows).pin_memory().to(self.device, non_blocking=True)
-                table.index_copy_(0, index, host.to(self.device, non_blocking=True))
-            group.dirty.clear()
+    def set_tables(self, changed: Sequence[tuple[list[int], np.ndarray]]) -> None:
+        """Set rows of the device's block tables, for each group."""
+        for table, (rows, values) in zip(self.tables, changed, strict=True):
+            if not rows:
+                continue
+            host, index = torch.from_numpy(values), torch.tensor(rows)
+            if self.device.type != "cpu":
+                host = host.pin_memory().to(self.device, non_blocking=True)
+                index = index.pin_memory().to(self.device, non_blocking=True)
+            table.index_copy_(0, index, host)
 
     def swap_out(self, key: int, row: int, pages: list[list[int]]) -> None:
         """Copy a row's pages and raw windows to the host, unchanged, under `key`."""
@@ -108,13 +111,18 @@ class PagedCache:
     def drop_swapped(self, key: int) -> None:
         self._swapped.pop(key, None)
 
-    def raw_out(self, row: int, chunk: CachedChunk) -> None:
-        """Keep a row's raw windows with a cached chunk."""
-        chunk.raw = self._raw_to_host(row)
+    def raw_out(self, key: bytes, row: int) -> None:
+        """Keep a row's raw windows with the cached chunk `key`."""
+        self._raw_kept[key] = self._raw_to_host(row)
 
-    def raw_in(self, chunk: CachedChunk, row: int) -> None:
-        """Set a row's raw windows as they were after a cached chunk."""
-        self._raw_to_device(chunk.raw, row)
+    def raw_in(self, key: bytes, row: int) -> None:
+        """Set a row's raw windows as they were after the cached chunk `key`."""
+        self._raw_to_device(self._raw_kept[key], row)
+
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """Let go of the raw windows of cached chunks."""
+        for key in keys:
+            self._raw_kept.pop(key, None)
 
     def _raw_to_host(self, row: int) -> RawCopies:
         return [

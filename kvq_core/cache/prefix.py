@@ -8,9 +8,8 @@ and nothing less: what follows a hit reads the same bytes, in the same chunks, a
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
 
 
 def chain_key(parent: bytes, tokens: Sequence[int]) -> bytes:
@@ -31,8 +30,6 @@ class CachedChunk:
     the chunk's own, with one all that a query after `end` can see."""
     step: int
     """The step that computes it; later ones may use it."""
-    raw: Any = field(default=None, repr=False)
-    """The raw window as the chunk left it, on the host."""
 
     def chain(self) -> list["CachedChunk"]:
         """From the prompt's start to this chunk."""

@@ -3,25 +3,24 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import count
 from typing import Any
 
 import torch
 
-from kvq_core.cache.paged import PagedCache
 from kvq_core.config import EngineConfig, SamplingParams
-from kvq_core.engine.compiled import compile_layers, or_uncompiled
-from kvq_core.engine.fidelity import Fidelity
-from kvq_core.engine.joint import join_projections
-from kvq_core.engine.memory import fit_cache
 from kvq_core.engine.request import Request, RequestOutput, Status
-from kvq_core.engine.runner import ModelRunner, PendingTokens
+from kvq_core.engine.runner import PendingTokens
 from kvq_core.engine.scheduler import Scheduler, SchedulerConfig, Step
+from kvq_core.engine.setup import set_up
 from kvq_core.errors import KvqError, PromptTooLong
-from kvq_core.experts import install as install_experts
 from kvq_core.models import LoadedModel
-from kvq_kernels.key_bias import KeyBias
+
+_numbers = count()
+"""Names engines to other ranks."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +56,14 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.model = model
-        on_gpu = model.device.type == "cuda"
-        if on_gpu and model.dtype.itemsize == 2:
-            install_experts(model.model)
-            if config.compile:
-                join_projections(model.model)
-                compile_layers(model)
-        self.config, self.plan = or_uncompiled(model, lambda: fit_cache(model, config))
-        assert self.config.max_model_len and self.config.max_num_batched_tokens
-        self.cache = PagedCache(
-            self.plan,
-            model.device,
-            model.dtype,
-            self.config.max_model_len,
-            self._key_biases(),
-        )
+        self.group = model.group
+        self._number = next(_numbers)
+        with self.group.together():
+            self.group.tell("start", self._number, model.number, config)
+            device = set_up(model, config, progress)
+        self.config, self.plan, self.cache = device.config, device.plan, device.cache
+        self.runner, self.fidelity = device.runner, device.fidelity
+        assert self.config.max_num_batched_tokens
         self.scheduler = Scheduler(
             SchedulerConfig(
                 prefill_chunk=self.config.prefill_chunk,
@@ -83,38 +75,12 @@ class Engine:
             ),
             self.cache.blocks,
         )
-        self.fidelity: Fidelity | None = None
-        if self.config.fidelity:
-            self.fidelity = Fidelity(self.cache, self.config.fidelity, self.config.seed, model.dtype)
-        self.runner = ModelRunner(
-            model,
-            self.cache,
-            self.config.seed,
-            token_budget=self.config.max_num_batched_tokens,
-            fidelity=self.fidelity,
-        )
-        if not self.config.enforce_eager:
-            try:
-                or_uncompiled(model, lambda: self.runner.capture(progress))
-            except RuntimeError as error:  # a model with an op that no graph can hold
-                self.runner.without_graphs(error)
-        self._depth = 1 if on_gpu else 0
+        self._depth = 1 if model.device.type == "cuda" else 0
         """Steps that run on the device while the host plans the next."""
         self._in_flight: deque[tuple[Step, PendingTokens]] = deque()
         self._requests: dict[int, Request] = {}
         self._next_id = 0
         self._eos = set(model.geometry.eos_token_ids)
-
-    def _key_biases(self) -> dict[int, KeyBias] | None:
-        """The constant parts of keys that pages leave out, by layer."""
-        if (
-            self.model.key_biases is None
-            or self.config.key_bias == "off"
-            or not self.plan.policy.is_quantized
-        ):
-            return None
-        assert self.config.max_model_len
-        return self.model.key_biases.layers(self.config.max_model_len)
 
     @property
     def has_work(self) -> bool:
@@ -179,11 +145,14 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step and return what is new; nothing while the first step is under way."""
-        step = self.scheduler.schedule()
-        if not step.is_empty:
-            self._in_flight.append((step, self.runner.run(step)))
-        if self._in_flight and (step.is_empty or len(self._in_flight) > self._depth):
-            return self._update(*self._in_flight.popleft())
+        with self.group.together(whole=True):
+            step = self.scheduler.schedule()
+            if not step.is_empty:
+                work = self.runner.plan(step)
+                self.group.tell("step", self._number, work)
+                self._in_flight.append((step, self.runner.run(work, step)))
+            if self._in_flight and (step.is_empty or len(self._in_flight) > self._depth):
+                return self._update(*self._in_flight.popleft())
         if step.is_empty and self.scheduler.has_work:
             raise AssertionError("the scheduler has work but plans no step")
         return []
@@ -202,7 +171,7 @@ class Engine:
             self.fidelity.reset()
 
     def kv_stats(self) -> dict[str, Any]:
-        """What the cache holds and costs; the `kv` part of a run record."""
+        """What the cache holds and costs; the `kv` part of a run record. Bytes are those of each rank."""
         plan = self.plan
         measured = {"fidelity": self.fidelity.summary()} if self.fidelity is not None else {}
         return (
@@ -210,7 +179,9 @@ class Engine:
             | {
                 "bits_per_element": plan.bits_per_element,
                 "bytes_per_token": plan.bytes_per_token,
+                "total_bytes_per_token": plan.bytes_per_token * self.group.size,
                 "memory_bytes": plan.memory_bytes,
+                "total_memory_bytes": plan.memory_bytes * self.group.size,
                 "page_size": plan.page_size,
                 "pages": sum(g.num_pages - 1 for g in plan.groups),
                 "capacity_tokens": plan.capacity_tokens,
@@ -231,6 +202,8 @@ class Engine:
 
     def close(self) -> None:
         """Drop all requests and give the cache's memory back; the model stays."""
+        with suppress(KvqError):  # ranks that are gone hold nothing
+            self.group.tell("close", self._number)
         self._in_flight.clear()
         self._requests.clear()
         del self.runner, self.scheduler, self.cache, self.fidelity
@@ -278,5 +251,5 @@ class Engine:
 
     def _finish(self, request: Request) -> None:
         if request.status is Status.SWAPPED:
-            self.cache.drop_swapped(request.id)
+            self.runner.drop_swapped(request.id)
         self.scheduler.finish(request)

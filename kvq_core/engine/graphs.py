@@ -74,7 +74,8 @@ class StepGraphs:
             self._run(inputs, sizes)  # compiles what has to be compiled
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Not `global`: NCCL's watchdog thread asks for events meanwhile, which is none of our business.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits = self._run(inputs, sizes)
             pool = pool or graph.pool()
             self._graphs[sizes] = graph, packed, inputs, logits

@@ -27,8 +27,11 @@ def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, C
     With `kv_memory` the cache takes that; else, on a GPU, what `gpu_memory_utilization` leaves beside the
     weights and the measured peak of a full prompt step.
     """
-    if config.tp != 1:
-        raise UsageError(f"tp={config.tp} is reserved", "run on one GPU with tp=1")
+    group = model.group
+    if config.tp != group.size:
+        raise UsageError(f"tp={config.tp}, and {model.name} was loaded with tp={group.size}", "load it anew")
+    if config.fidelity and group.size > 1:
+        raise UsageError("fidelity needs --tp 1: a rank sees the error of its own heads alone")
     geometry = model.geometry
     limit = config.max_model_len or geometry.max_model_len
     if limit > geometry.max_model_len:
@@ -52,7 +55,9 @@ def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, C
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
     )
-    memory = config.kv_memory or (_free_gpu_memory(model, config) if on_gpu else _free_host_memory())
+    memory = config.kv_memory or (
+        _free_gpu_memory(model, config) if on_gpu else group.smallest(_free_host_memory() // group.size)
+    )
     plan = _plan(model, config, memory)
     _check_allocatable(model, plan)
     return config.replace(kv_memory=memory), plan
@@ -77,7 +82,8 @@ def _check_allocatable(model: LoadedModel, plan: CachePlan) -> None:
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
-        free = _available_host_bytes()
+        free = _available_host_bytes() // model.group.size
+    free = model.group.smallest(free)
     if plan.memory_bytes > free:
         raise KvqError(
             f"the KV cache needs {plan.memory_bytes / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free",
@@ -105,6 +111,7 @@ def _free_gpu_memory(model: LoadedModel, config: EngineConfig) -> int:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     memory = int(free - total * (1 - config.gpu_memory_utilization) - peak - _GRAPH_RESERVE)
+    memory = model.group.smallest(memory)  # all ranks plan alike
     if memory <= 0:
         raise KvqError(
             f"no memory is left for the KV cache: {free / 2**30:.1f} GiB are free beside the weights, a full"
@@ -142,5 +149,5 @@ def _measure_peak(model: LoadedModel, config: EngineConfig) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
-    runner.run(step).get()
+    runner.run(runner.plan(step), step).get()
     return torch.cuda.max_memory_allocated(model.device) - before

@@ -1,4 +1,7 @@
-"""Runs one step: swaps, inputs, the model's forward, sampling; queued, without waiting for the device."""
+"""Runs one step: swaps, inputs, the model's forward, sampling; queued, without waiting for the device.
+
+On every rank alike; the leader alone plans the step (`plan`) and samples, and the others get its tokens.
+"""
 
 import logging
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from kvq_core.engine.inputs import Sizes, StepInputs, pack
 from kvq_core.engine.logprobs import TokenLogprob, log_probabilities, to_list
 from kvq_core.engine.sampler import Draw, sample
 from kvq_core.engine.scheduler import Step
+from kvq_core.engine.work import Work
 from kvq_core.errors import KvqError
 from kvq_core.models import LoadedModel
 
@@ -28,15 +32,16 @@ class PendingTokens:
     """Sampled tokens on their way to the host."""
 
     tokens: Tensor
-    event: torch.cuda.Event | None
+    wait: Callable[[], None] | None
+    """Waits until they are there."""
     asked: dict[int, int] = field(default_factory=dict)
     """Index of a token that comes with logprobs -> how many of the likeliest come along."""
     logprobs: tuple[Tensor, Tensor, Tensor] | None = None
 
     def get(self) -> list[int]:
         """Wait for the device and return the tokens."""
-        if self.event is not None:
-            self.event.synchronize()
+        if self.wait is not None:
+            self.wait()
         return self.tokens.tolist()
 
     def get_logprobs(self) -> dict[int, TokenLogprob]:
@@ -61,6 +66,7 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.seed = seed
+        self.group = model.group
         self.device = cache.device
         self.padding_row = cache.plan.max_num_seqs
         self.last_tokens = torch.zeros(self.padding_row + 1, dtype=torch.int64, device=self.device)
@@ -68,45 +74,77 @@ class ModelRunner:
         """Called with request ids and their logits before they are sampled."""
         self.fidelity = fidelity
         self._checked = False
+        self._dropped: list[int] = []
         self.graphs: StepGraphs | None = None
         if self.device.type == "cuda":
             self.graphs = StepGraphs(self._forward, self.padding_row, token_budget, self.device)
 
-    @torch.inference_mode()
-    def run(self, step: Step) -> PendingTokens:
-        """Queue a step; its tokens come later, in the order of `step.sampled`."""
-        for swap in step.swap_out:
-            self.cache.swap_out(swap.request.id, swap.row, swap.pages)
-        for swap in step.swap_in:
-            self.cache.swap_in(swap.request.id, swap.row, swap.pages)
-        for chunk, row in step.raw_in:
-            self.cache.raw_in(chunk, row)
-        if not step.num_tokens:
-            return PendingTokens(self.last_tokens[:0], None)
-        self.cache.sync_tables()
-        if step.forced:
-            rows, tokens = self._upload(
-                np.array([list(step.forced), list(step.forced.values())], dtype=np.int64)
-            )
-            self.last_tokens.index_copy_(0, rows, tokens)
+    def plan(self, step: Step) -> Work:
+        """What every rank does in a step, in plain data; takes note of all that changed since the last."""
         exact = Sizes(len(step.decodes), step.num_tokens - len(step.decodes), len(step.chunks))
         sizes = self.graphs.fit(exact) if self.graphs is not None else None
-        policy = self.cache.plan.policy
-        packed = pack(step, sizes or exact, self.padding_row, policy.sink, policy.recent)
-        measured = self.fidelity is not None and self.fidelity.plan(step)
-        if self.graphs is not None and sizes is not None:
-            inputs, logits = self.graphs.run(sizes, self._pinned(packed), eager=measured)
+        policy, blocks = self.cache.plan.policy, self.cache.blocks
+        packed = None
+        if step.num_tokens:
+            packed = pack(step, sizes or exact, self.padding_row, policy.sink, policy.recent)
+        dropped, self._dropped = self._dropped, []
+        return Work(
+            dropped=dropped,
+            swap_out=[(swap.request.id, swap.row, swap.pages) for swap in step.swap_out],
+            swap_in=[(swap.request.id, swap.row, swap.pages) for swap in step.swap_in],
+            raw_in=[(chunk.key, row) for chunk, row in step.raw_in],
+            evicted=blocks.take_evicted(),
+            tables=blocks.take_dirty() if packed is not None else [],
+            forced=np.array([list(step.forced), list(step.forced.values())], dtype=np.int64),
+            packed=packed,
+            sizes=sizes or exact,
+            fits_graph=sizes is not None,
+            max_chunk=max((c.end - c.start for c in step.chunks), default=0),
+            max_history=max((c.start for c in step.chunks), default=0),
+            max_context=max(step.context_lens, default=0),
+            measured=packed is not None and self.fidelity is not None and self.fidelity.plan(step),
+            num_sampled=len(step.sampled),
+            raw_out=[(c.key, row) for row, c in step.raw_out if blocks.prefix.get(c.key) is c],
+        )
+
+    @torch.inference_mode()
+    def run(self, work: Work, step: Step | None = None) -> PendingTokens:
+        """Queue a step; its tokens come later, in the order of `step.sampled`. The leader gives a `step`."""
+        for request in work.dropped:
+            self.cache.drop_swapped(request)
+        for request, row, pages in work.swap_out:
+            self.cache.swap_out(request, row, pages)
+        for request, row, pages in work.swap_in:
+            self.cache.swap_in(request, row, pages)
+        for key, row in work.raw_in:
+            self.cache.raw_in(key, row)
+        self.cache.forget(work.evicted)
+        if work.packed is None:
+            return PendingTokens(self.last_tokens[:0], None)
+        self.cache.set_tables(work.tables)
+        if work.forced.size:
+            rows, tokens = self._upload(work.forced)
+            self.last_tokens.index_copy_(0, rows, tokens)
+        if self.graphs is not None and work.fits_graph:
+            inputs, logits = self.graphs.run(work.sizes, self._pinned(work.packed), eager=work.measured)
         else:
-            inputs = StepInputs.unpack(self._upload(packed), exact)
-            longest = max((c.end - c.start for c in step.chunks), default=0)
-            history = max((c.start for c in step.chunks), default=0)
-            logits = self._forward(inputs, longest, history, max(step.context_lens, default=0), padded=False)
-        for row, chunk in step.raw_out:
-            self.cache.raw_out(row, chunk)
-        if measured:
+            inputs = StepInputs.unpack(self._upload(work.packed), work.sizes)
+            logits = self._forward(inputs, work.max_chunk, work.max_history, work.max_context, padded=False)
+        for key, row in work.raw_out:
+            self.cache.raw_out(key, row)
+        if work.measured:
             assert self.fidelity is not None
             self.fidelity.finish()
-        return self._sample(step, logits, inputs)
+        if step is not None:
+            return self._sample(step, logits, inputs)
+        if work.num_sampled:
+            self._take(self.last_tokens.new_empty(work.num_sampled), inputs)
+        return PendingTokens(self.last_tokens[:0], None)
+
+    def drop_swapped(self, request: int) -> None:
+        """Forget the pages of a swapped request, here now and on other ranks with the next step."""
+        self.cache.drop_swapped(request)
+        self._dropped.append(request)
 
     @property
     def has_graphs(self) -> bool:
@@ -141,7 +179,7 @@ class ModelRunner:
             for r in requests
         ]
         tokens = sample(chosen, draws)
-        self.last_tokens.index_copy_(0, inputs.sampled_rows[:count], tokens)
+        self._take(tokens, inputs)
         asked = {i: r.params.logprobs for i, r in enumerate(requests) if r.params.logprobs is not None}
         logprobs = None
         if asked:
@@ -153,7 +191,11 @@ class ModelRunner:
         host = self._to_host(tokens)
         event = torch.cuda.Event()
         event.record()
-        return PendingTokens(host, event, asked, logprobs)
+        return PendingTokens(host, lambda: self.group.wait(event), asked, logprobs)
+
+    def _take(self, tokens: Tensor, inputs: StepInputs) -> None:
+        """Make the leader's tokens [R] the latest of their rows, on every rank."""
+        self.last_tokens.index_copy_(0, inputs.sampled_rows[: tokens.shape[0]], self.group.share(tokens))
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":

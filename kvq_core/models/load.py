@@ -1,6 +1,7 @@
 """Load a model: a hub id, a folder, a GGUF file, the demo model, or a config with random weights."""
 
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ from torch import nn
 
 from kvq_core.demo import DEMO, WHEEL_SHA256
 from kvq_core.errors import KvqError, UsageError
-from kvq_core.models.dummy import build_dummy
+from kvq_core.models.dummy import build_dummy, fill_dummy
 from kvq_core.models.geometry import ModelGeometry, as_ids, model_geometry, rope_parameters, text_config
 from kvq_core.models.key_bias import KeyBiases, find_key_biases
 from kvq_core.models.probe import probe
 from kvq_core.models.source import Source, quiet, resolve, translated
 from kvq_core.models.support import check_support
+from kvq_core.parallel.group import ALONE, Group, check_heads
 from kvq_core.presets import DEMO_CONFIG, PRESETS, find_preset
 
+_numbers = count()
+"""Names models to other ranks."""
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -38,21 +42,30 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     geometry: ModelGeometry
+    """Of this rank's shard."""
+    whole: ModelGeometry
+    """Of the model; the same unless there are several ranks."""
+    parameters: int
+    """Of the model."""
     load_format: str
     key_biases: KeyBiases | None = None
     """Large constant parts of the keys, if there are any."""
     sha: str | None = None
     """Commit of the hub repository, or SHA-256 of the demo model's wheel."""
+    group: Group = ALONE
+    """The ranks that have a shard each."""
+    number: int = 0
+    """Its name among them."""
 
     def describe(self) -> dict[str, Any]:
         """What a run record says of the model."""
-        geometry, layer = self.geometry, self.geometry.layers[0]
+        geometry, layer = self.whole, self.whole.layers[0]
         return {
             "name": self.name,
             "architecture": type(self.model).__name__,
             "dtype": str(self.dtype).removeprefix("torch."),
             "load_format": self.load_format,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.parameters,
             "layers": geometry.num_layers,
             "q_heads": geometry.num_q_heads,
             "kv_heads": layer.num_kv_heads,
@@ -70,28 +83,64 @@ def load_model(
     device: str = "auto",
     load_format: str = "auto",
     need_tokenizer: bool = True,
+    tp: int = 1,
 ) -> LoadedModel:
     """Load `name` and check that kvq can run it.
 
     `dtype="auto"` is float32 on a CPU and the checkpoint's on a GPU (float16 where bfloat16 is not native).
     Without `need_tokenizer` no tokenizer is looked for. A folder without one, and a preset, give None:
-    such a model takes token ids. Raises `KvqError` for anything that can't be loaded.
+    such a model takes token ids. With `tp` above 1, that many processes hold a shard each, led by this one.
+    Raises `KvqError` for anything that can't be loaded.
     """
-    place = resolve_device(device)
+    from kvq_core.parallel.launch import start_group
+
+    if tp > 1:  # before anything is started
+        resolve_device(device)
+        config = load_config(name, load_format=load_format)
+        check_support(config)
+        geometry = model_geometry(config)
+        for layer in geometry.layers:
+            check_heads(f"model type {config.model_type!r}", geometry.num_q_heads, layer.num_kv_heads, tp)
+    group = start_group(tp, device)
+    number, kind = next(_numbers), resolve_device(device).type
+    with group.together():
+        group.tell("load", number, name, kind, {"dtype": dtype, "load_format": load_format})
+        place = resolve_device(device) if tp == 1 else group.place(kind)
+        loaded = load_shard(name, group, number, place, dtype=dtype, load_format=load_format)
+    tokenizer = load_tokenizer(name, load_format=load_format) if need_tokenizer else None
+    return replace(loaded, tokenizer=tokenizer)
+
+
+def load_shard(
+    name: str, group: Group, number: int, place: torch.device, *, dtype: str, load_format: str
+) -> LoadedModel:
+    """What this rank of a group keeps of a model; on every rank at the same time. Without the tokenizer."""
+    from kvq_core.parallel.shard import check_seen, find_shards
+
     config = load_config(name, load_format=load_format)
     model_class = check_support(config)
-    geometry = model_geometry(config)
-    number = resolve_dtype(dtype, config, place)
+    planned = model_geometry(config)
+    kind = resolve_dtype(dtype, config, place)
     _register_attention()
-    experts = _experts_implementation(model_class, number)
+    experts = _experts_implementation(model_class, kind)
     with quiet(), translated(name):
         if load_format == "dummy":
-            model = build_dummy(config, dtype=number, device=place, **experts)
+            model = build_dummy(config, dtype=kind, device=place, **experts)
+            shards = find_shards(model, planned, group)
+            parameters = sum(p.numel() for p in model.parameters())
+            fill_dummy(model, place, shards.cut)
         else:
-            model = _from_pretrained(resolve(name), config, number, place, experts)
+            with group.in_turn():
+                model = _from_pretrained(resolve(name), config, kind, place, experts, group)
+                shards = find_shards(model, planned, group)
+                parameters = sum(p.numel() for p in model.parameters())
+                shards.cut_parameters(model)
+                model.to(place)
+    shards.install(model)
     model.eval().requires_grad_(False)
     _freeze_rope(model)
-    geometry = probe(model, geometry)
+    geometry = probe(model, planned)
+    check_seen(model, planned, geometry, group)
     key_biases = find_key_biases(model, geometry)
     model.set_attn_implementation("kvq")
     model.config.use_cache = False
@@ -99,16 +148,20 @@ def load_model(
     return LoadedModel(
         name=name,
         model=model,
-        tokenizer=load_tokenizer(name, load_format=load_format) if need_tokenizer else None,
+        tokenizer=None,
         config=text_config(model.config),
-        dtype=number,
+        dtype=kind,
         device=place,
         geometry=replace(geometry, eos_token_ids=stops),
+        whole=geometry if group.size == 1 else planned,
+        parameters=parameters,
         load_format=load_format,
         key_biases=key_biases,
         sha=WHEEL_SHA256
         if name == DEMO and load_format != "dummy"
         else getattr(config, "_commit_hash", None),
+        group=group,
+        number=number,
     )
 
 
@@ -180,18 +233,23 @@ def resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
 
 
 def _from_pretrained(
-    source: Source, config: Any, dtype: torch.dtype, device: torch.device, experts: dict[str, Any]
+    source: Source,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    experts: dict[str, Any],
+    group: Group,
 ) -> nn.Module:
+    """The whole model: on the device, or, where the device is to have a shard, on the host."""
     from transformers import AutoModelForCausalLM
 
     if source.gguf_file is None:  # a GGUF file's config is read anew, with what loading it needs
         experts = {**experts, "config": config}
-    if device.type == "cuda":
+    if device.type == "cuda" and group.size == 1:
         experts = {**experts, "device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         source.path, dtype=dtype, attn_implementation="kvq", **experts, **source.arguments
     )
-    return model.to(device)
 
 
 def _experts_implementation(model_class: type, dtype: torch.dtype) -> dict[str, Any]:

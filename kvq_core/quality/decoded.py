@@ -21,6 +21,7 @@ def decoded_drift(
     tokens = ids.tolist()
     config = EngineConfig(
         policy=policy,
+        tp=model.group.size,
         key_bias=key_bias,
         max_num_seqs=1,
         max_model_len=len(tokens),

@@ -63,7 +63,7 @@ class KvqLM(HFLM):
     ) -> Tensor:
         """[B, L] ids, padded on the right -> logits [B, L, V]."""
         self._advance(inps.shape[0])
-        if self.policy.is_quantized:
+        if self.policy.is_quantized or self.loaded.group.size > 1:
             return logits(self.loaded, inps, self.policy)
         with attention_of(self.loaded, "sdpa" if self.model._supports_sdpa else "eager"):
             return super()._model_call(inps)
@@ -112,7 +112,8 @@ class KvqLM(HFLM):
             temperature = 1.0 if do_sample else 0.0
         if self._pipe is None:
             # Layers stay as they are: log-likelihoods use them too.
-            config = EngineConfig(policy=self.policy, max_num_seqs=int(self.batch_size), compile=False)
+            seqs, tp = int(self.batch_size), self.loaded.group.size
+            config = EngineConfig(policy=self.policy, max_num_seqs=seqs, tp=tp, compile=False)
             self._pipe = Pipeline(self.loaded, config)
         mask = torch.ones_like(context) if attention_mask is None else attention_mask
         prompts = [ids[seen.bool()].tolist() for ids, seen in zip(context, mask, strict=True)]

@@ -54,7 +54,7 @@ class Result:
     """False: interrupted; the rows cover the windows that were finished, for all policies alike."""
 
 
-def load_for_evaluation(name: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_for_evaluation(name: str, *, dtype: str = "auto", device: str = "auto", tp: int = 1) -> LoadedModel:
     """`load_model`, but a float32 model on a CPU computes in float64, its weights the same numbers.
 
     Rounding decides on which side of an edge a code falls, and later layers make more of it: float32 runs
@@ -65,7 +65,7 @@ def load_for_evaluation(name: str, *, dtype: str = "auto", device: str = "auto")
     place = resolve_device(device)
     if place.type == "cpu" and dtype in ("auto", "float32"):
         dtype = "float64"
-    return load_model(name, dtype=dtype, device=device)
+    return load_model(name, dtype=dtype, device=device, tp=tp)
 
 
 def evaluate(

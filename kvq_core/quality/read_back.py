@@ -59,8 +59,22 @@ def logits(
 ) -> Tensor:
     """ids [L] or [B, L] -> logits [(B,) L, V] of a plain forward whose keys and values pass the codecs.
 
-    Rows of a batch may be padded on the right: no token looks ahead.
+    Rows of a batch may be padded on the right: no token looks ahead. `observe` sees this rank's heads alone.
     """
+    with model.group.together(whole=True):
+        model.group.tell("read_back", model.number, ids.cpu(), policy, prompt_len, key_bias)
+        return forward(model, ids, policy, prompt_len, key_bias, observe)
+
+
+def forward(
+    model: LoadedModel,
+    ids: Tensor,
+    policy: Policy,
+    prompt_len: int,
+    key_bias: str,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """What `logits` does, on one rank of all."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, read_back_attention)

@@ -193,8 +193,8 @@ class AsyncEngine:
                     self._loop.call_soon_threadsafe(
                         self._deliver, [self._claim(output) for output in outputs]
                     )
-        except BaseException:  # whatever ends the thread: nobody else would tell the clients
-            log.exception("the engine died")
+        except BaseException as error:  # whatever ends the thread: nobody else would tell the clients
+            log.exception("the engine died: %s", error)
             self._loop.call_soon_threadsafe(self._die)
 
     def _claim(self, output: RequestOutput) -> tuple[Key, RequestOutput]:

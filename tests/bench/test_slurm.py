@@ -114,6 +114,26 @@ def test_a_single_job(cluster, tmp_path):
     assert json.loads(file.read_text())["label"] == "42"
 
 
+def test_a_job_on_several_machines(cluster, tmp_path):
+    fakes = {
+        "srun": '[[ $1 == --ntasks-per-node=1 ]] || exit 99; shift; exec "$@"',
+        "scontrol": "printf 'node7\\nnode8\\n'",
+        "torchrun": 'echo "$MARK $*" >"$FAKE/torchrun.log"',
+    }
+    for name, line in fakes.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "12", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]"}
+    setup = "export MARK=ready"
+    done = cluster("parallel.sbatch", "--model", "a b", KVQ_GPUS="4", KVQ_OUT="out", KVQ_SETUP=setup, **slurm)
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path / "torchrun.log") == [
+        "ready --nnodes 2 --nproc-per-node 4 --rdzv-id 12 --rdzv-backend c10d --rdzv-endpoint node7:29500"
+        " -m kvq_cli.app profile-throughput --tp 8 --policy 42 --concurrency 64 --output out/42_c64.json"
+        " --model a b"
+    ]
+
+
 def test_a_single_job_by_environment(cluster, tmp_path):
     setup = "export MARK=ready; echo $MARK >mark"
     done = cluster(

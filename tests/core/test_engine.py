@@ -180,7 +180,7 @@ def test_settings_that_do_not_work_are_usage_errors(make: MAKE) -> None:
         make(max_num_batched_tokens=16)
     with pytest.raises(UsageError, match="more than"):
         make(max_model_len=301)
-    with pytest.raises(UsageError, match="reserved"):
+    with pytest.raises(UsageError, match="loaded with tp=1"):
         make(tp=2)
 
 

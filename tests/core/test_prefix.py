@@ -44,6 +44,8 @@ class SimulatedDevice:
     pages: list[np.ndarray] = field(default_factory=list)
     raw: dict[int, int] = field(default_factory=dict)
     """Row -> what its raw window holds: the tokens up to the latest."""
+    kept: dict[bytes, int] = field(default_factory=dict)
+    """Cached chunk -> the same, as it left it."""
     swapped: dict[int, tuple[list[np.ndarray], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,7 +67,7 @@ class SimulatedDevice:
             for p, ids, data in zip(self.pages, swap.pages, copies, strict=True):
                 p[ids] = data
         for chunk, row in step.raw_in:
-            self.raw[row] = chunk.raw
+            self.raw[row] = self.kept[chunk.key]
         work = [(r, n - 1, n) for r, n in zip(step.decodes, step.context_lens, strict=True)]
         work += [(c.request, c.start, c.end) for c in step.chunks]
         for request, start, end in work:
@@ -84,7 +86,7 @@ class SimulatedDevice:
                 seen = [p[g.table[request.row, j // PAGE], j % PAGE] for j in range(first, end)]
                 assert seen == [self.mark(request, j) for j in range(first, end)]
         for row, chunk in step.raw_out:
-            chunk.raw = self.raw[row]
+            self.kept[chunk.key] = self.raw[row]
         return [next_token(request.tokens(0, request.computed)) for request in step.sampled]
 
 
