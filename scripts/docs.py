@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 NOTE = "<!-- written by scripts/docs.py from the command line; change the command, not this page -->\n\n"
 RECORDS = ROOT / "results" / "h200_qwen3-30b-a3b_headline640_c64.json"
+SWEEP = ROOT / "results" / "sweeps" / "h200_qwen3-8b_sweep.json"
 QUALITY = ROOT / "results" / "quality" / "wikitext2_test_1024.json"
 
 
@@ -153,7 +154,21 @@ def reading(comparison: Any) -> str:
     )
 
 
-PARTS = {"commands": index, "h200-example": example}
+def sweep() -> str:
+    """The break-even table of the sweep's records, and where its page lies."""
+    records = read_records([SWEEP])
+    quality = read_quality([QUALITY])
+    comparison = compare_records(records)
+    lines = advise(comparison, quality, Limits(max_kl=0.02))
+    page = SWEEP.with_suffix(".html").relative_to(ROOT)
+    files = f"{SWEEP.relative_to(ROOT)} --quality {QUALITY.relative_to(ROOT)}"
+    command = f"kvq compare {files} --max-kl 0.02 --markdown"
+    text = f"```bash\n{records[0].env['command']}\n{command}\n```\n\n"
+    text += f"Its page with charts: [`{page}`](../{page}).\n\n"
+    return text + markdown(comparison, lines, quality.of) + "\n"
+
+
+PARTS = {"commands": index, "h200-example": example, "h200-sweep": sweep}
 
 
 def pages() -> dict[Path, str]:
