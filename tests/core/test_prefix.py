@@ -188,8 +188,11 @@ def test_random_traces_lose_no_page_and_mix_up_no_prefix(window: int, chunk: int
     machine: Any = type("Case", (Traces,), settings | {"seen": Counter()})
     case = machine.TestCase
     case.settings = QUIET
-    case("runTest").debug()
-    assert machine.seen["preemptions"] and machine.seen["cached"] > 1000
+    for _ in range(10):  # few draws preempt nobody
+        case("runTest").debug()
+        if machine.seen["preemptions"] and machine.seen["cached"] > 1000:
+            return
+    raise AssertionError(f"nothing happened: {machine.seen}")
 
 
 def keep(blocks: BlockManager, row: int, name: str, parent: str | None, end: int, step: int) -> None:
