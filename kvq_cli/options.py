@@ -256,7 +256,7 @@ KeyBias = Annotated[
 KvMemory = Annotated[
     int | None,
     typer.Option(
-        help="Memory for the KV cache, as `8GiB` or `512MiB`; with --tp, of each GPU. The same for every "
+        help="Memory for the KV cache of each GPU, as `8GiB` or `512MiB`. The same for every "
         "policy makes them comparable.",
         parser=parse_size,
         metavar="SIZE",
