@@ -40,11 +40,11 @@ def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, C
         )
     on_gpu = model.device.type == "cuda"
     chunk = config.prefill_chunk
-    several = max(chunk, min(4 * chunk, _STEP_TOKENS)) if on_gpu else chunk
-    budget = config.max_num_batched_tokens or config.max_num_seqs + several
-    if budget < config.prefill_chunk + 1:
+    prompts = max(chunk, min(4 * chunk, _STEP_TOKENS)) if on_gpu else chunk
+    budget = config.max_num_batched_tokens or config.max_num_seqs + prompts
+    if budget < chunk + 1:
         raise UsageError(
-            f"max_num_batched_tokens {budget} is below prefill_chunk + 1 = {config.prefill_chunk + 1}",
+            f"max_num_batched_tokens {budget} is below prefill_chunk + 1 = {chunk + 1}",
             "a step must be able to carry a whole chunk and a decode",
         )
     config = config.replace(
