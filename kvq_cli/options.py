@@ -290,10 +290,11 @@ MaxNumSeqs = Annotated[
     ),
 ]
 PrefillChunk = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=1,
         metavar="N",
+        show_default="8192; for models with sliding windows 2048; with --prefix-caching 256",
         help="Prompts are read in chunks of this many tokens, fewer far into a long one. "
         "A chunk sees itself unquantized.",
         rich_help_panel=ENGINE_PANEL,

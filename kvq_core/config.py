@@ -44,9 +44,9 @@ class EngineConfig:
     """Requests that run at the same time."""
     max_num_batched_tokens: int | None = None
     """Tokens one step may carry; None: max_num_seqs and a chunk, on a GPU up to 4 within 8,192 tokens."""
-    prefill_chunk: int = 2048
+    prefill_chunk: int | None = None
     """Prompts are processed in chunks of this many tokens, counted from the prompt's start; far into a long
-    one of half as many, a quarter and so on."""
+    one of half as many, a quarter and so on. None: see `chunk`."""
     prefix_caching: bool = False
     """Keep the whole chunks of prompts for prompts that begin alike; tokens are the same."""
     max_model_len: int | None = None
@@ -62,7 +62,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         rules = (self.layers,) if isinstance(self.layers, str) else self.layers or ()
         object.__setattr__(self, "layers", tuple(rules))
-        for name in ("page_size", "max_num_seqs", "prefill_chunk", "tp"):
+        for name in ("page_size", "max_num_seqs", "tp"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.key_bias not in ("auto", "off"):
@@ -73,13 +73,22 @@ class EngineConfig:
             raise UsageError(f"gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}")
         if not 0 <= self.fidelity <= 1:
             raise UsageError(f"fidelity must lie in [0, 1], got {self.fidelity}")
-        for name in ("sink", "recent", "kv_memory", "max_model_len", "max_num_batched_tokens"):
+        counts = ("kv_memory", "max_model_len", "max_num_batched_tokens", "prefill_chunk")
+        for name in ("sink", "recent", *counts):
             value = getattr(self, name)
-            if value is not None and value < (0 if name in ("sink", "recent") else 1):
+            if value is not None and value < (1 if name in counts else 0):
                 raise UsageError(f"{name} must be positive, got {value}")
         if self.swap_memory < 0:
             raise UsageError(f"swap_memory must not be negative, got {self.swap_memory}")
         self.resolved_policy()
+
+    def chunk(self, windowed: bool) -> int:
+        """`prefill_chunk`, or what it is by itself.
+
+        8,192 tokens; 2,048 for a model with sliding windows, whose layers hold a chunk beside the window; 256
+        with prefix caching, which shares whole chunks alone.
+        """
+        return self.prefill_chunk or (256 if self.prefix_caching else 2048 if windowed else 8192)
 
     def resolved_policy(self) -> Policy:
         """The policy object, with `layers`, `sink` and `recent` of this config applied."""
@@ -94,9 +103,8 @@ class EngineConfig:
         return replace(self, **changes)
 
 
-SERVING = EngineConfig(prefix_caching=True, prefill_chunk=256)
-"""Defaults where prompts begin like earlier ones, as the turns of a conversation do. Chunks are smaller,
-because only whole ones are cached."""
+SERVING = EngineConfig(prefix_caching=True)
+"""Defaults where prompts begin like earlier ones, as the turns of a conversation do."""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def _capacity(
             memory,
             page_size=page_size,
             max_num_seqs=max_num_seqs,
-            prefill_chunk=DEFAULTS.prefill_chunk,
+            prefill_chunk=DEFAULTS.chunk(geometry.is_windowed),
             max_model_len=geometry.max_model_len,
             dtype=torch.bfloat16,
         )

@@ -63,7 +63,7 @@ class Engine:
             device = set_up(model, config, progress)
         self.config, self.plan, self.cache = device.config, device.plan, device.cache
         self.runner, self.fidelity = device.runner, device.fidelity
-        assert self.config.max_num_batched_tokens
+        assert self.config.max_num_batched_tokens and self.config.prefill_chunk
         self.scheduler = Scheduler(
             SchedulerConfig(
                 prefill_chunk=self.config.prefill_chunk,

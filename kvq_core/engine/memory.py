@@ -39,7 +39,7 @@ def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, C
             f"max_model_len {limit} is more than the {geometry.max_model_len} that {model.name} takes"
         )
     on_gpu = model.device.type == "cuda"
-    chunk = config.prefill_chunk
+    chunk = config.chunk(geometry.is_windowed)
     prompts = max(chunk, min(4 * chunk, _STEP_TOKENS)) if on_gpu else chunk
     budget = config.max_num_batched_tokens or config.max_num_seqs + prompts
     if budget < chunk + 1:
@@ -52,6 +52,7 @@ def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, C
         layers=(),
         max_model_len=limit,
         max_num_batched_tokens=budget,
+        prefill_chunk=chunk,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
     )
@@ -64,7 +65,7 @@ def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, C
 
 
 def _plan(model: LoadedModel, config: EngineConfig, memory: int) -> CachePlan:
-    assert config.max_model_len
+    assert config.max_model_len and config.prefill_chunk
     return plan_cache(
         model.geometry,
         config.resolved_policy(),
@@ -126,7 +127,7 @@ def _measure_peak(model: LoadedModel, config: EngineConfig) -> int:
     """Bytes that the largest step allocates beside weights and cache: chunks that fill the token budget."""
     from kvq_core.engine.runner import ModelRunner
 
-    assert config.max_num_batched_tokens and config.max_model_len
+    assert config.max_num_batched_tokens and config.max_model_len and config.prefill_chunk
     lengths: list[int] = []
     left = config.max_num_batched_tokens
     while left > 0 and len(lengths) < config.max_num_seqs:

@@ -33,6 +33,11 @@ class ModelGeometry:
     """Longest prompt + answer for which the model's positions hold, whatever else is in the batch."""
     eos_token_ids: tuple[int, ...]
 
+    @property
+    def is_windowed(self) -> bool:
+        """Whether a layer sees a sliding window alone."""
+        return any(layer.window for layer in self.layers)
+
 
 def text_config(config: Any) -> Any:
     """The language model's part of a config (multimodal configs nest it)."""

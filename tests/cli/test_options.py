@@ -84,7 +84,7 @@ def test_a_command_may_have_defaults_of_its_own() -> None:
 
     parameters = inspect.signature(command).parameters
     command(**{name: parameter.default for name, parameter in parameters.items()})
-    assert seen == [EngineConfig(policy="0", prefix_caching=True, prefill_chunk=256)]
+    assert seen == [EngineConfig(policy="0", prefix_caching=True)]
 
 
 def test_engine_options_make_one_config() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,3 +218,16 @@ def test_a_model_that_no_graph_can_hold_runs_eagerly_with_a_warning(
         engine = make()
     assert "without CUDA graphs" in caplog.text and engine.runner.graphs is None
     assert generate(engine, prompts(3), LONG) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "windowed", "chunk"),
+    [
+        ({}, False, 8192),
+        ({}, True, 2048),
+        ({"prefix_caching": True}, True, 256),
+        ({"prefix_caching": True, "prefill_chunk": 512}, False, 512),
+    ],
+)
+def test_how_prompts_are_cut(settings: dict[str, Any], windowed: bool, chunk: int) -> None:
+    assert EngineConfig(**settings).chunk(windowed) == chunk
