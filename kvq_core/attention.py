@@ -168,46 +168,49 @@ def attend(
     dispatch.store(stored, v, layer.pages, tables.slots, layer.layout)
     if context.fidelity is not None:
         context.fidelity.store(layer_index, k, v, batch)
-    outputs = []
+    start, has_chunks = batch.chunk_start, batch.history_lens.shape[0] > 0
+    out = q.new_empty(num_tokens, q.shape[1], v.shape[2]) if decodes and has_chunks else None
     if decodes:
         if layer.raw is not None:
             dispatch.store_raw(
                 k[:decodes], v[:decodes], batch.positions[:decodes], batch.decode_rings, layer.raw, None
             )
-        outputs.append(
-            dispatch.paged_decode(
-                q[:decodes],
-                layer.pages,
-                tables.decode_tables,
-                batch.context_lens,
-                layer.layout,
-                rings=batch.decode_rings,
-                max_context=batch.max_context,
-                **options,
-            )
+        attended = dispatch.paged_decode(
+            q[:decodes],
+            layer.pages,
+            tables.decode_tables,
+            batch.context_lens,
+            layer.layout,
+            rings=batch.decode_rings,
+            max_context=batch.max_context,
+            out=None if out is None else out[:decodes],
+            **options,
         )
         if context.fidelity is not None:
             context.fidelity.compare(layer_index, q[:decodes], context.cache, batch, options)
-    if num_tokens > decodes:
-        outputs.append(
-            dispatch.paged_prefill(
-                q[decodes:],
-                k[decodes:],
-                v[decodes:],
-                layer.pages,
-                tables.prefill_tables,
-                batch.cu_chunk_lens,
-                batch.history_lens,
-                layer.layout,
-                max_chunk=batch.max_chunk,
-                max_history=batch.max_history,
-                rings=batch.prefill_rings,
-                **options,
-            )
+    if has_chunks:
+        attended = dispatch.paged_prefill(
+            q[start:],
+            k[start:],
+            v[start:],
+            layer.pages,
+            tables.prefill_tables,
+            batch.cu_chunk_lens,
+            batch.history_lens,
+            layer.layout,
+            max_chunk=batch.max_chunk,
+            max_history=batch.max_history,
+            rings=batch.prefill_rings,
+            out=None if out is None else out[start:],
+            **options,
         )
         if layer.raw is not None:  # only now: the chunk's queries read what these overwrite
-            positions = batch.positions[decodes:]
             dispatch.store_raw(
-                k[decodes:], v[decodes:], positions, batch.token_rings, layer.raw, batch.raw_keep
+                k[start:],
+                v[start:],
+                batch.positions[start:],
+                batch.token_rings[start:],
+                layer.raw,
+                batch.raw_keep[start:],
             )
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+    return (attended if out is None else out).unsqueeze(0)

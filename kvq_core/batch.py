@@ -19,15 +19,18 @@ class GroupTables:
 
 @dataclass
 class Batch:
-    """B decodes (tokens 0 … B-1), then C prompt chunks; T tokens together."""
+    """Decodes (a token each), then C prompt chunks, then padding; T tokens together."""
 
     num_decodes: int
+    """B: at least the step's decodes. Where padding makes it more, the last of the B tokens are chunks'."""
+    chunk_start: int
+    """Where the host knows that chunks begin; 0 where the device alone does."""
     positions: Tensor
     """[T] int64: position of each token in its request."""
     context_lens: Tensor
     """[B] int32: tokens of each decoding request, this step's included; 0 marks padding."""
     cu_chunk_lens: Tensor
-    """[C + 1] int32: chunk boundaries, counted from the first chunk token."""
+    """[C + 1] int32: chunk boundaries, counted from `chunk_start`."""
     history_lens: Tensor
     """[C] int32: tokens of each chunk's request before the chunk."""
     max_chunk: int
@@ -41,6 +44,6 @@ class Batch:
     prefill_rings: Tensor
     """[C] int32"""
     token_rings: Tensor
-    """[T - B] int32: the same for every chunk token."""
+    """[T] int32: the same for every token."""
     raw_keep: Tensor
-    """[T - B] bool: chunk tokens that belong in the raw window, none of them superseded by a later one."""
+    """[T] bool: chunk tokens that belong in the raw window, none of them superseded by a later one."""

@@ -57,11 +57,12 @@ def paged_decode(
     rings: Tensor | None = None,
     max_context: int | None = None,
     bias: KeyBias | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.paged_decode`."""
     return _backend(query).paged_decode(
         query, pages, block_tables, context_lens, layout, scale=scale, window=window, softcap=softcap,
-        sinks=sinks, raw=raw, rings=rings, max_context=max_context, bias=bias,
+        sinks=sinks, raw=raw, rings=rings, max_context=max_context, bias=bias, out=out,
     )  # fmt: skip
 
 
@@ -84,12 +85,13 @@ def paged_prefill(
     raw: RawWindow | None = None,
     rings: Tensor | None = None,
     bias: KeyBias | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.paged_prefill`."""
     return _backend(query).paged_prefill(
         query, key, value, pages, block_tables, cu_chunk_lens, history_lens, layout, max_chunk=max_chunk,
         max_history=max_history, scale=scale, window=window, softcap=softcap, sinks=sinks, raw=raw,
-        rings=rings, bias=bias,
+        rings=rings, bias=bias, out=out,
     )  # fmt: skip
 
 

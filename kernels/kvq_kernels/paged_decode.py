@@ -241,14 +241,21 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["splits", "parts"])
 def _merge_kernel(
-    out, partial, partial2, stats, sinks, projection, back, out_stride, qjl_factor, scale, splits, parts,
-    VALUE: tl.constexpr, ROTATED: tl.constexpr, CAP: tl.constexpr,
+    out, partial, partial2, stats, sinks, context_lens, projection, back, out_stride, qjl_factor, scale,
+    splits, parts,
+    LEAVE: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr, CAP: tl.constexpr,
     HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr,
     QUERY_HEADS: tl.constexpr, PP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
-    """One request and query head a program: weigh the parts, rotate back, divide."""
+    """One request and query head a program: weigh the parts, rotate back, divide.
+
+    LEAVE: rows of context 0 are somebody else's.
+    """
     row = tl.program_id(0).to(tl.int64)
+    if LEAVE:  # noqa: SIM102
+        if tl.load(context_lens + row // QUERY_HEADS) == 0:
+            return
     part = tl.arange(0, PP)
     d = tl.arange(0, DVP)
     m = tl.load(stats + (row * parts + part) * 2, mask=part < parts, other=float("-inf"))
@@ -373,6 +380,7 @@ def paged_decode(
     rings: Tensor | None = None,
     max_context: int | None = None,
     bias: KeyBias | None = None,
+    out: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """See `reference.paged_decode`; two launches, no look at device memory. `splits` overrides the choice."""
@@ -392,7 +400,9 @@ def paged_decode(
         splits = num_splits(requests, layout, triton.cdiv(reach, tokens), _multiprocessors(query.device))
     parts = splits + (raw is not None)
     device, value_dim = query.device, layout.value_dim
-    out = torch.empty(requests, query_heads, value_dim, dtype=query.dtype, device=device)
+    leave = out is not None
+    if out is None:
+        out = torch.empty(requests, query_heads, value_dim, dtype=query.dtype, device=device)
     if not requests:
         return out
     partial = torch.empty(requests, query_heads, parts, value_dim, dtype=torch.float32, device=device)
@@ -428,11 +438,11 @@ def paged_decode(
             num_warps=4, num_stages=2,
         )  # fmt: skip
     _merge_kernel[(requests * query_heads,)](
-        out, partial, partial2, stats, stats if sinks is None else sinks,
+        out, partial, partial2, stats, stats if sinks is None else sinks, context_lens,
         value_projection(layout.value, value_dim, device), rotation(layout.value, value_dim, device),
         out.stride(1), qjl_scale(value_dim),
         scale, splits, parts,
-        VALUE=layout.value.scheme, ROTATED=layout.value.rotated, CAP=softcap > 0,
+        LEAVE=leave, VALUE=layout.value.scheme, ROTATED=layout.value.rotated, CAP=softcap > 0,
         HAS_RAW=raw is not None, HAS_SINKS=sinks is not None, QUERY_HEADS=query_heads,
         PP=triton.next_power_of_2(parts),
         DV=value_dim, DVP=triton.next_power_of_2(value_dim),

@@ -553,6 +553,7 @@ def paged_prefill(
     raw: RawWindow | None = None,
     rings: Tensor | None = None,
     bias: KeyBias | None = None,
+    out: Tensor | None = None,
     _geometries: tuple[Geometry | None, Geometry | None] = (None, None),
 ) -> Tensor:
     """See `reference.paged_prefill`; one launch without history, two with it.
@@ -564,16 +565,17 @@ def paged_prefill(
     assert key_dim == layout.key_dim and query.dtype == layout.dtype, (query.shape, query.dtype)
     assert cu_chunk_lens.shape == (chunks + 1,) and block_tables.shape[0] == chunks
     check_pages(pages, layout)
+    if out is None:
+        out = torch.empty(tokens, query_heads, value_dim, dtype=query.dtype, device=device)
     if not max_chunk:
-        return query.new_empty(tokens, query_heads, value_dim)
+        return out
     simple = not (max_history or window or softcap or sinks is not None)
     if simple and chunks == 1 and max_chunk == tokens and _torch_is_fast(layout, device):
-        return _whole_prompt(query, key, value, scale)
+        return out.copy_(_whole_prompt(query, key, value, scale))
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = query_heads // layout.num_kv_heads
     padded = triton.next_power_of_2(group)
     rows = padded * triton.next_power_of_2(max_chunk)
-    out = torch.empty(tokens, query_heads, value_dim, dtype=query.dtype, device=device)
     common = {
         "WINDOW": window > 0, "CAP": softcap > 0, "SINK": 0 if raw is None else raw.sink,
         "RECENT": 0 if raw is None else raw.recent, "QUERY_HEADS": query_heads, "G": group, "GP": padded,
@@ -662,4 +664,4 @@ def _whole_prompt(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    return out[0].transpose(0, 1).contiguous()
+    return out[0].transpose(0, 1)

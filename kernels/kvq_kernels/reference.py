@@ -217,13 +217,21 @@ def paged_decode(
     rings: Tensor | None = None,
     max_context: int | None = None,
     bias: KeyBias | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One query per request, query [B, Hq, Dk], over its pages -> [B, Hq, Dv]; its own token included.
 
     block_tables [B, M] int32, context_lens [B] int32, sinks [Hq], rings [B] int32. `window` 0 is none, else
     keys j > t - window are read. `max_context` saves a look at the longest context. Context 0 yields zeros.
-    `bias` is what the pages' keys lack.
+    `bias` is what the pages' keys lack. `out` takes the result, and keeps its rows of context 0.
     """
+    if out is not None:
+        seen = context_lens > 0
+        found = paged_decode(
+            query, pages, block_tables, context_lens, layout, scale=scale, window=window, softcap=softcap,
+            sinks=sinks, raw=raw, rings=rings, max_context=max_context, bias=bias,
+        )  # fmt: skip
+        return out.copy_(torch.where(seen[:, None, None], found, out))
     work = working_dtype(query.dtype)
     lens = context_lens.tolist() if max_context is None or query.device.type == "cpu" else None
     attend = _Decode(pages, layout, scale, window, softcap, sinks, raw, bias)
@@ -313,14 +321,17 @@ def paged_prefill(
     raw: RawWindow | None = None,
     rings: Tensor | None = None,
     bias: KeyBias | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Packed prompt chunks over themselves, unquantized, and over earlier tokens -> [T, Hq, Dv].
 
     query [T, Hq, Dk], key [T, Hkv, Dk], value [T, Hkv, Dv] of the chunks; block_tables [C, M] int32,
     cu_chunk_lens [C + 1], history_lens [C], rings [C] int32; `max_chunk` and `max_history` are host numbers.
+    `out` takes the result; rows outside all chunks are left alone.
     """
     dtype = working_dtype(query.dtype)
-    out = query.new_zeros(query.shape[0], query.shape[1], layout.value_dim)
+    if out is None:
+        out = query.new_zeros(query.shape[0], query.shape[1], layout.value_dim)
     starts = cu_chunk_lens.tolist()
     lens = [b - a for a, b in pairwise(starts)]
     histories = history_lens.tolist() if max_history else [0] * len(lens)

@@ -106,13 +106,14 @@ class Fidelity:
         if decodes:
             rings = batch.decode_rings.clamp(max=self.rows)
             dispatch.store_raw(key[:decodes], value[:decodes], batch.positions[:decodes], rings, shadow, None)
-        if key.shape[0] > decodes:
-            positions, rings = batch.positions[decodes:], batch.token_rings.clamp(max=self.rows)
+        start = batch.chunk_start
+        if batch.history_lens.shape[0]:  # of a decode that is among them, the same is written again
+            positions, rings = batch.positions[start:], batch.token_rings[start:].clamp(max=self.rows)
             ends = batch.history_lens + batch.cu_chunk_lens[1:] - batch.cu_chunk_lens[:-1]
             tokens = torch.arange(positions.shape[0], device=positions.device, dtype=torch.int32)
             chunk = torch.searchsorted(batch.cu_chunk_lens[1:].contiguous(), tokens, right=True)
             keep = positions >= ends[chunk.clamp(max=ends.shape[0] - 1)] - self.tokens
-            dispatch.store_raw(key[decodes:], value[decodes:], positions, rings, shadow, keep)
+            dispatch.store_raw(key[start:], value[start:], positions, rings, shadow, keep)
 
     def compare(
         self, layer: int, query: Tensor, cache: PagedCache, batch: Batch, options: dict[str, Any]

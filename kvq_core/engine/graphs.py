@@ -11,7 +11,7 @@ from kvq_core.engine.inputs import Sizes, StepInputs
 MOST_CHUNKS = 16
 """Prompt chunks in a captured step; steps with more run eagerly."""
 MOST_TOKENS = 2048
-"""Chunk tokens in a captured step; beyond that the launches hide behind the work anyway."""
+"""Tokens of a captured step with chunks; beyond that the launches hide behind the work anyway."""
 
 
 class Forward(Protocol):
@@ -26,8 +26,8 @@ def decode_sizes(most: int) -> list[int]:
     return sorted({s for s in sizes if s <= most})
 
 
-def chunk_sizes(most: int) -> list[int]:
-    """Chunk token counts that get a graph: about 8 for every doubling."""
+def mixed_sizes(most: int) -> list[int]:
+    """Token counts that get a graph of decodes and chunks: about 8 for every doubling."""
     sizes = [*range(32, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)]
     return [s for s in sizes if s <= most]
 
@@ -35,10 +35,9 @@ def chunk_sizes(most: int) -> list[int]:
 class StepGraphs:
     """Graphs of `forward` on static inputs. A step runs in the smallest size that it fits, padded.
 
-    Steps with chunks are captured with room for `max_num_seqs` decodes, so that one number alone tells them
-    apart. All sizes that the kernels see are the graph's; what a step really holds they read on the device.
-    Without capture the same sizes run eagerly: matrix products round by their shapes, and this way a step's
-    tokens are the same either way.
+    Decodes and chunks share a graph's tokens: how many there are of each is read on the device. All sizes
+    that the kernels see are the graph's. Without capture the same sizes run eagerly: matrix products round by
+    their shapes, and this way a step's tokens are the same either way.
     """
 
     def __init__(self, forward: Forward, max_num_seqs: int, token_budget: int, device: torch.device) -> None:
@@ -46,8 +45,11 @@ class StepGraphs:
         self._device = device
         self._padding_row = max_num_seqs
         chunks = min(MOST_CHUNKS, max_num_seqs)
-        self._decodes = [Sizes(n, 0, 0) for n in decode_sizes(max_num_seqs)]
-        self._mixed = [Sizes(max_num_seqs, n, chunks) for n in chunk_sizes(min(MOST_TOKENS, token_budget))]
+        self._decodes = [Sizes(n, n, 0) for n in decode_sizes(max_num_seqs)]
+        self._mixed = [
+            Sizes(min(max_num_seqs, n), n, min(chunks, n))
+            for n in mixed_sizes(min(MOST_TOKENS, token_budget))
+        ]
         self._graphs: dict[Sizes, tuple[torch.cuda.CUDAGraph, Tensor, StepInputs, Tensor]] = {}
 
     def fit(self, exact: Sizes) -> Sizes | None:

@@ -10,10 +10,11 @@ from kvq_core.engine.scheduler import Step
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows that a step, or the CUDA graph that runs it, has room for: decodes, chunk tokens, chunks."""
+    """What a step, or the CUDA graph that runs it, has room for."""
 
     decodes: int
     tokens: int
+    """Those of decodes and chunks together: they follow each other without a gap, padding comes last."""
     chunks: int
 
 
@@ -26,21 +27,21 @@ class StepInputs:
     context_lens: Tensor
     """[B], this step's token included; 0 for padding."""
     ids: Tensor
-    """[P] tokens of the chunks."""
+    """[T] tokens of the chunks; -1 for decodes, whose tokens the device holds."""
     positions: Tensor
-    """[P]"""
+    """[T]"""
     token_rows: Tensor
-    """[P]"""
+    """[T]"""
     raw_keep: Tensor
-    """[P] 1 where the token belongs in the raw window and no later token of the chunk supersedes it."""
+    """[T] 1 where a chunk's token belongs in the raw window and no later token of the chunk supersedes it."""
     chunk_rows: Tensor
     """[C]"""
     history_lens: Tensor
     """[C]"""
     ends: Tensor
-    """[C] index of each chunk's last token."""
+    """[C] index of each chunk's last token among the T."""
     boundaries: Tensor
-    """[C + 1] where chunks start and end; padding chunks are empty."""
+    """[C + 1] where chunks start and end among the T; padding chunks are empty, padding follows the last."""
     sampled: Tensor
     """[B + C] rows of the logits that are sampled, in order; the rest is padding."""
     sampled_rows: Tensor
@@ -48,8 +49,8 @@ class StepInputs:
 
     @staticmethod
     def lengths(sizes: Sizes) -> list[int]:
-        b, p, c = sizes.decodes, sizes.tokens, sizes.chunks
-        return [b, b, p, p, p, p, c, c, c, c + 1, b + c, b + c]
+        b, t, c = sizes.decodes, sizes.tokens, sizes.chunks
+        return [b, b, t, t, t, t, c, c, c, c + 1, b + c, b + c]
 
     @classmethod
     def unpack(cls, packed: Tensor, sizes: Sizes) -> "StepInputs":
@@ -63,17 +64,20 @@ def pack(step: Step, sizes: Sizes, padding_row: int, sink: int, recent: int) -> 
     lengths = np.array([c.end - c.start for c in chunks], dtype=np.int64)
     starts = np.array([c.start for c in chunks], dtype=np.int64)
     rows = np.array([c.request.row for c in chunks], dtype=np.int64)
-    boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64) + decodes
     chunk_of = np.repeat(np.arange(len(chunks)), lengths)
-    positions = np.arange(boundaries[-1]) - boundaries[chunk_of] + starts[chunk_of]
+    positions = np.arange(decodes, boundaries[-1]) - boundaries[chunk_of] + starts[chunk_of]
+    raw_keep = (positions < sink) | (positions >= (starts + lengths)[chunk_of] - recent)
+    decode_rows = np.array([r.row for r in step.decodes], dtype=np.int64)
+    context_lens = np.array(step.context_lens, dtype=np.int64)
     sampled = step.sampled_decodes + [sizes.decodes + i for i in step.sampled_chunks]
     parts: dict[str, tuple[list[int] | np.ndarray, int]] = {
-        "decode_rows": ([r.row for r in step.decodes], padding_row),
-        "context_lens": (step.context_lens, 0),
-        "ids": ([token for c in chunks for token in c.request.tokens(c.start, c.end)], 0),
-        "positions": (positions, 0),
-        "token_rows": (rows[chunk_of], padding_row),
-        "raw_keep": ((positions < sink) | (positions >= (starts + lengths)[chunk_of] - recent), 0),
+        "decode_rows": (decode_rows, padding_row),
+        "context_lens": (context_lens, 0),
+        "ids": ([-1] * decodes + [token for c in chunks for token in c.request.tokens(c.start, c.end)], 0),
+        "positions": (np.concatenate([context_lens - 1, positions]), 0),
+        "token_rows": (np.concatenate([decode_rows, rows[chunk_of]]), padding_row),
+        "raw_keep": (np.concatenate([np.zeros(decodes, dtype=np.int64), raw_keep]), 0),
         "chunk_rows": (rows, padding_row),
         "history_lens": (starts, 0),
         "ends": (boundaries[1:] - 1, 0),

@@ -81,7 +81,7 @@ class ModelRunner:
 
     def plan(self, step: Step) -> Work:
         """What every rank does in a step, in plain data; takes note of all that changed since the last."""
-        exact = Sizes(len(step.decodes), step.num_tokens - len(step.decodes), len(step.chunks))
+        exact = Sizes(len(step.decodes), step.num_tokens, len(step.chunks))
         sizes = self.graphs.fit(exact) if self.graphs is not None else None
         policy, blocks = self.cache.plan.policy, self.cache.blocks
         packed = None
@@ -207,13 +207,9 @@ class ModelRunner:
         self, inputs: StepInputs, max_chunk: int, max_history: int, max_context: int, *, padded: bool
     ) -> Tensor:
         """Logits [B + C, V] of every decode and of every chunk's last token; works on the device alone."""
-        batch, ids = self._batch(inputs, max_chunk, max_history, max_context)
-        decodes = batch.num_decodes
-        valid = None
-        if padded:
-            tokens = torch.arange(inputs.ids.shape[0], device=self.device)
-            valid = torch.cat([inputs.context_lens > 0, tokens < inputs.boundaries[-1]])
-        keep = torch.cat([torch.arange(decodes, device=self.device), inputs.ends + decodes])
+        batch, ids = self._batch(inputs, max_chunk, max_history, max_context, padded)
+        valid = torch.arange(ids.shape[0], device=self.device) < inputs.boundaries[-1] if padded else None
+        keep = torch.cat([torch.arange(batch.num_decodes, device=self.device), inputs.ends])
         context = StepContext(batch, self.cache, valid, None if self._checked else {}, self.fidelity)
         with forward_context(self.model.model, context):
             output = self.model.model(
@@ -228,22 +224,23 @@ class ModelRunner:
         return output.logits[0]
 
     def _batch(
-        self, inputs: StepInputs, max_chunk: int, max_history: int, max_context: int
+        self, inputs: StepInputs, max_chunk: int, max_history: int, max_context: int, padded: bool
     ) -> tuple[Batch, Tensor]:
-        """The batch of a step and its input tokens [B + P]."""
+        """The batch of a step and its input tokens [T]."""
         size = self.cache.plan.page_size
         decodes = inputs.decode_rows.shape[0]
-        rows = torch.cat([inputs.decode_rows, inputs.token_rows])
-        positions = torch.cat([(inputs.context_lens - 1).clamp(min=0), inputs.positions])
+        start = 0 if padded else decodes
+        rows, positions = inputs.token_rows, inputs.positions
         groups = []
         for table in self.cache.tables:
             slots = table[rows, positions // size].long() * size + positions % size
             groups.append(GroupTables(slots, table[inputs.decode_rows], table[inputs.chunk_rows]))
         batch = Batch(
             num_decodes=decodes,
+            chunk_start=start,
             positions=positions,
             context_lens=inputs.context_lens.int(),
-            cu_chunk_lens=inputs.boundaries.int(),
+            cu_chunk_lens=(inputs.boundaries - start).int(),
             history_lens=inputs.history_lens.int(),
             max_chunk=max_chunk,
             max_history=max_history,
@@ -254,7 +251,7 @@ class ModelRunner:
             token_rings=inputs.token_rows.int(),
             raw_keep=inputs.raw_keep.bool(),
         )
-        return batch, torch.cat([self.last_tokens[inputs.decode_rows], inputs.ids])
+        return batch, torch.where(inputs.ids < 0, self.last_tokens[rows], inputs.ids)
 
     def _check(self, stored: dict[int, int], tokens: int) -> None:
         """Assert on the first forward that every layer went through the cache, once, with every token."""

@@ -309,9 +309,10 @@ class Scheduler:
             start = chunk.end if chunk else 0
             end = min(chunk_end(start, self.config.prefill_chunk), request.prefill_len)
             # A group without a window gives the whole prompt its pages now, so that prompts never wait for
-            # each other half-way, and keeps a page back for every running request, which will want one soon.
+            # each other half-way, and keeps back half as many as requests run: they want more, and some end.
             tokens = [end if group.shape.window else request.prefill_len for group in self.blocks.groups]
-            if end - start > budget or not self.blocks.can_admit(tokens, len(self.running), chunk):
+            reserve = (len(self.running) + 1) // 2
+            if end - start > budget or not self.blocks.can_admit(tokens, reserve, chunk):
                 return
             self.waiting.remove(request)
             self._resume(request)

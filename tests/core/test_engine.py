@@ -9,6 +9,7 @@ import torch
 
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.engine import Engine
+from kvq_core.engine.graphs import StepGraphs
 from kvq_core.engine.runner import ModelRunner
 from kvq_core.errors import KvqError, UsageError
 from kvq_core.models import LoadedModel, load_model
@@ -231,3 +232,19 @@ def test_a_model_that_no_graph_can_hold_runs_eagerly_with_a_warning(
 )
 def test_how_prompts_are_cut(settings: dict[str, Any], windowed: bool, chunk: int) -> None:
     assert EngineConfig(**settings).chunk(windowed) == chunk
+
+
+@pytest.mark.parametrize("policy", ["0", "42", "8+s4r16"])
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["plain", "fidelity"])
+def test_padded_steps_give_the_same_tokens(make: MAKE, policy: str, share: float) -> None:
+    """What CUDA graphs run: decodes and chunks share a step's tokens, and padding follows."""
+    texts = []
+    for padded in (False, True):
+        engine = make(policy=policy, max_num_seqs=6, fidelity=share)
+        runner = engine.runner
+        budget = engine.config.max_num_batched_tokens
+        if padded:
+            assert budget is not None
+            runner.graphs = StepGraphs(runner._forward, runner.padding_row, budget, runner.device)
+        texts.append(generate(engine, prompts(12), LONG))
+    assert texts[0] == texts[1]

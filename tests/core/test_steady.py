@@ -11,7 +11,7 @@ from kvq_core.models import LoadedModel, load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from steady import busy_time, without_prompts  # noqa: E402
+from steady import busy_time, without_prompts
 
 
 @pytest.mark.parametrize(

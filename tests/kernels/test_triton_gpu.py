@@ -140,6 +140,13 @@ def test_decode_in_a_graph_follows_the_context() -> None:
     torch.cuda.synchronize()
     assert torch.equal(out[1], torch.zeros_like(out[1])), "a padding row gives zeros"
     assert out[[0, 2]].isfinite().all()
+    kept = torch.full_like(out, 7.0)
+    dispatch.paged_decode(
+        problem.query, problem.pages, problem.tables, lens, problem.layout, max_context=1024, out=kept,
+        **problem.options,
+    )  # fmt: skip
+    assert torch.equal(kept[[0, 2]], out[[0, 2]])
+    assert (kept[1] == 7).all(), "a row of `out` without context stays as it was"
 
 
 def test_results_repeat_to_the_bit() -> None:
