@@ -214,6 +214,17 @@ def _silu_kernel(both_ptr, act_ptr, I: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _spread_kernel(x_ptr, place_ptr, out_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[place[t, k]] = x[t]: every row is read once and written for each of its experts."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + token * H + columns, mask=columns < H)
+    for k in tl.static_range(TOP_K):
+        place = tl.load(place_ptr + token * TOP_K + k).to(tl.int64)
+        tl.store(out_ptr + place * H + columns, x, mask=columns < H)
+
+
+@triton.jit
 def _combine_kernel(
     parts_ptr, place_ptr, weights_ptr, out_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -304,7 +315,7 @@ def grouped_experts(
     tokens, top_k = top_k_index.shape
     num_experts, width, intermediate = down.shape
     pairs, device = tokens * top_k, hidden.device
-    top_k_weights = top_k_weights.contiguous()
+    hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
     # radix sort: a pass for each byte of the keys
     keys = top_k_index.reshape(-1).to(torch.uint8 if num_experts <= 256 else torch.int16)
     chosen, order = keys.sort(stable=True)
@@ -313,7 +324,12 @@ def grouped_experts(
     )
     place = torch.empty(pairs, dtype=torch.int32, device=device)
     place[order] = torch.arange(pairs, dtype=torch.int32, device=device)
-    both = torch._grouped_mm(hidden[order // top_k], gate_up.transpose(-1, -2), offs=ends)
+    rows = torch.empty(pairs, width, dtype=hidden.dtype, device=device)
+    across = min(2048, triton.next_power_of_2(width))
+    _spread_kernel[(tokens, triton.cdiv(width, across))](
+        hidden, place, rows, H=width, TOP_K=top_k, BLOCK=across, num_warps=4
+    )
+    both = torch._grouped_mm(rows, gate_up.transpose(-1, -2), offs=ends)
     act = torch.empty(pairs, intermediate, dtype=hidden.dtype, device=device)
     block = min(1024, triton.next_power_of_2(intermediate))
     _silu_kernel[(pairs, triton.cdiv(intermediate, block))](

@@ -565,13 +565,14 @@ def paged_prefill(
     assert key_dim == layout.key_dim and query.dtype == layout.dtype, (query.shape, query.dtype)
     assert cu_chunk_lens.shape == (chunks + 1,) and block_tables.shape[0] == chunks
     check_pages(pages, layout)
+    simple = not (max_history or window or softcap or sinks is not None)
+    if simple and chunks == 1 and max_chunk == tokens and _torch_is_fast(layout, device):
+        attended = _whole_prompt(query, key, value, scale)
+        return attended.contiguous() if out is None else out.copy_(attended)
     if out is None:
         out = torch.empty(tokens, query_heads, value_dim, dtype=query.dtype, device=device)
     if not max_chunk:
         return out
-    simple = not (max_history or window or softcap or sinks is not None)
-    if simple and chunks == 1 and max_chunk == tokens and _torch_is_fast(layout, device):
-        return out.copy_(_whole_prompt(query, key, value, scale))
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = query_heads // layout.num_kv_heads
     padded = triton.next_power_of_2(group)
