@@ -72,6 +72,9 @@ class Engine:
                 row_bytes=self.plan.raw_bytes_per_request,
                 exact_recompute=not self.plan.policy.is_quantized,
                 prefix_root=self._prefix_root() if self.config.prefix_caching else None,
+                consecutive=not (
+                    self.plan.raw_bytes_per_request or model.geometry.is_windowed or self.fidelity
+                ),
             ),
             self.cache.blocks,
         )

@@ -16,6 +16,8 @@ from kvq_core.engine.request import Request, Status
 SMALLEST_CHUNK = 256
 MOST_PAIRS = 1 << 22
 """Queries times earlier tokens of a chunk: what bounds how long it holds up the decodes beside it."""
+MOST_TOGETHER = 2048
+"""Tokens of a request in one step, where that takes several chunks."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class SchedulerConfig:
     """Whether outputs may be computed again as if they were a prompt: only where nothing is quantized."""
     prefix_root: bytes | None = None
     """What cached chunks depend on beside tokens; None: none is cached."""
+    consecutive: bool = False
+    """Whether a step may carry several chunks of a request. Each reads those before it from pages, so nothing
+    may be kept beside them (a raw window), nor given up in between (by a sliding window)."""
 
 
 def chunk_end(start: int, prefill_chunk: int) -> int:
@@ -157,7 +162,7 @@ class Scheduler:
                 budget -= self._schedule_decode(request, step)
         for request in list(self.running):
             if request.status is Status.RUNNING and request.is_prefilling:
-                budget -= self._schedule_chunk(request, step, budget)
+                budget -= self._schedule_chunks(request, step, budget)
         # Whoever was preempted comes back before anybody new; in a step that preempts, nobody comes.
         if not step.swap_out:
             budget = self._swap_in(step, budget)
@@ -196,9 +201,27 @@ class Scheduler:
         step.context_lens.append(request.computed)
         return 1
 
+    def _schedule_chunks(self, request: Request, step: Step, budget: int) -> int:
+        """The next chunk of a request, and further ones that make no larger step than one chunk may.
+
+        Returns their tokens.
+        """
+        begin, pairs = request.computed, 0
+        while request.is_prefilling:
+            start, end = request.computed, self._chunk_end(request)
+            pairs += (end - start) * start
+            if start > begin and (end - begin > MOST_TOGETHER or pairs > MOST_PAIRS):
+                break
+            size = self._schedule_chunk(request, step, budget - (start - begin))
+            if not (size and self.config.consecutive):
+                break
+        return request.computed - begin
+
+    def _chunk_end(self, request: Request) -> int:
+        return min(chunk_end(request.computed, self.config.prefill_chunk), request.prefill_len)
+
     def _schedule_chunk(self, request: Request, step: Step, budget: int) -> int:
-        start = request.computed
-        end = min(chunk_end(start, self.config.prefill_chunk), request.prefill_len)
+        start, end = request.computed, self._chunk_end(request)
         if end - start > budget:
             return 0
         self.blocks.trim(request.row, start)
@@ -324,8 +347,8 @@ class Scheduler:
             self.cached_tokens += start
             request.cached_tokens = start
             self.blocks.extend(request.row, tokens)
-            self._run_chunk(request, start, end, step)
-            budget -= end - start
+            request.computed = start
+            budget -= self._schedule_chunks(request, step, budget)
 
     def _find_prefix(self, request: Request) -> tuple[CachedChunk | None, bool]:
         """The last cached chunk that a prompt can begin with, and whether this step computes the next one.

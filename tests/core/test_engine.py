@@ -11,6 +11,7 @@ from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.engine import Engine
 from kvq_core.engine.graphs import StepGraphs
 from kvq_core.engine.runner import ModelRunner
+from kvq_core.engine.scheduler import Step
 from kvq_core.errors import KvqError, UsageError
 from kvq_core.models import LoadedModel, load_model
 
@@ -248,3 +249,24 @@ def test_padded_steps_give_the_same_tokens(make: MAKE, policy: str, share: float
             runner.graphs = StepGraphs(runner._forward, runner.padding_row, budget, runner.device)
         texts.append(generate(engine, prompts(12), LONG))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("policy", ["0", "42", "4+s4r16"])
+def test_several_chunks_of_a_prompt_in_a_step_change_no_token(make: MAKE, policy: str) -> None:
+    texts, chunks = [], []
+    for budget in (36, 400):
+        engine = make(policy=policy, max_num_batched_tokens=budget)
+        schedule, most = engine.scheduler.schedule, 0
+
+        def count() -> Step:
+            nonlocal most
+            step = schedule()  # noqa: B023
+            ids = [chunk.request.id for chunk in step.chunks]
+            most = max([most, *map(ids.count, ids)])
+            return step
+
+        engine.scheduler.schedule = count  # type: ignore[method-assign]
+        texts.append(generate(engine, prompts(8), LONG))
+        chunks.append(most)
+    assert texts[0] == texts[1]
+    assert chunks == [1, 1 if "r16" in policy else 3], "a raw window is read as the chunk before left it"

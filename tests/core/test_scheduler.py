@@ -11,7 +11,15 @@ import pytest
 from kvq_core.cache.blocks import BlockManager, GroupShape
 from kvq_core.config import SamplingParams
 from kvq_core.engine.request import Request, Status
-from kvq_core.engine.scheduler import MOST_PAIRS, SMALLEST_CHUNK, Scheduler, SchedulerConfig, Step, chunk_end
+from kvq_core.engine.scheduler import (
+    MOST_PAIRS,
+    MOST_TOGETHER,
+    SMALLEST_CHUNK,
+    Scheduler,
+    SchedulerConfig,
+    Step,
+    chunk_end,
+)
 
 PAGE = 16
 
@@ -74,14 +82,20 @@ def request_token(request: Request, position: int) -> int:
     return request.prompt[position] if position < n else token_after(request.id, position - 1)
 
 
-def drive(seed: int, *, steps: int, window: int, depth: int, swap_memory: int, exact: bool) -> Scheduler:
-    """Random arrivals, cancellations and lengths for `steps` steps; returns the drained scheduler."""
+def drive(
+    seed: int, *, steps: int, window: int, depth: int, swap_memory: int, exact: bool, budget: int = 45
+) -> Scheduler:
+    """Random arrivals, cancellations and lengths for `steps` steps; returns the drained scheduler.
+
+    With a budget of several chunks, and no window, steps carry several of a request.
+    """
     rng = random.Random(seed)
     groups = [GroupShape(0, 17, 3)] + ([GroupShape(window, 17, 2)] if window else [])
     blocks = BlockManager(groups, PAGE, num_rows=6, max_tokens=200)
     config = SchedulerConfig(
-        prefill_chunk=32, token_budget=45, swap_memory=swap_memory, row_bytes=1, exact_recompute=exact
-    )
+        prefill_chunk=32, token_budget=budget, swap_memory=swap_memory, row_bytes=1, exact_recompute=exact,
+        consecutive=budget > 45,
+    )  # fmt: skip
     scheduler, device = Scheduler(config, blocks), SimulatedDevice(blocks)
     in_flight: deque[tuple[Step, list[int]]] = deque()
     live: dict[int, Request] = {}
@@ -120,14 +134,19 @@ def drive(seed: int, *, steps: int, window: int, depth: int, swap_memory: int, e
     return scheduler
 
 
-@pytest.mark.parametrize("window", [0, 24], ids=["full", "sliding"])
+@pytest.mark.parametrize(
+    ("window", "budget"), [(0, 45), (0, 110), (24, 45)], ids=["full", "together", "sliding"]
+)
 @pytest.mark.parametrize("depth", [0, 1], ids=["sync", "ahead"])
 @pytest.mark.parametrize("swap", ["swap", "short", "recompute", "replay"])
-def test_every_request_gets_its_tokens_in_a_random_trace(window: int, depth: int, swap: str) -> None:
+def test_every_request_gets_its_tokens_in_a_random_trace(
+    window: int, budget: int, depth: int, swap: str
+) -> None:
     memory = {"swap": 10**9, "short": 40, "recompute": 0, "replay": 0}[swap]
     scheduler = drive(
-        depth + window, steps=5000, window=window, depth=depth, swap_memory=memory, exact=swap == "recompute"
-    )
+        depth + window, steps=5000, window=window, depth=depth, swap_memory=memory,
+        exact=swap == "recompute", budget=budget,
+    )  # fmt: skip
     assert scheduler.preemptions > 20
 
 
@@ -175,3 +194,17 @@ def test_chunks_shrink_far_into_a_prompt() -> None:
     assert all(n == SMALLEST_CHUNK or n * start <= MOST_PAIRS for n, start in zip(sizes, ends, strict=False))
     assert chunk_end(5000, 2048) == 5120, "where a chunk starts does not matter"
     assert [chunk_end(n, 100) for n in (0, 99, 100, 30_010)] == [100, 100, 200, 30_100]
+
+
+def test_a_step_carries_consecutive_chunks_as_long_as_one_would_be() -> None:
+    blocks = BlockManager([GroupShape(0, 2000, 1)], PAGE, num_rows=4, max_tokens=20_000)
+    scheduler = Scheduler(SchedulerConfig(256, 8192, 0, 0, True, consecutive=True), blocks)
+    scheduler.add(Request(0, [1] * 10_100, SamplingParams(), max_tokens=5))
+    steps = []
+    while not steps or steps[-1].chunks:
+        steps.append(scheduler.schedule())
+    chunks = [chunk for step in steps for chunk in step.chunks]
+    assert [chunk.end for chunk in chunks] == [*range(256, 10_000, 256), 10_100], "boundaries stay"
+    assert len(steps[0].chunks) == 8 and all(step.num_tokens <= MOST_TOGETHER for step in steps)
+    pairs = [sum((c.end - c.start) * c.start for c in step.chunks) for step in steps]
+    assert max(pairs) <= MOST_PAIRS and [len(step.chunks) for step in steps[-4:-2]] == [1, 1]
