@@ -43,7 +43,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Requests that run at the same time."""
     max_num_batched_tokens: int | None = None
-    """Tokens one step may carry; None: max_num_seqs and a chunk, on a GPU 4 of them (2,048 to 8,192 tokens)."""
+    """Tokens one step may carry; None: max_num_seqs and a chunk, on a GPU 4 of them (2,048 to 8,192)."""
     prefill_chunk: int | None = None
     """Prompts are processed in chunks of this many tokens, counted from the prompt's start; far into a long
     one of half as many, a quarter and so on. None: see `chunk`."""
