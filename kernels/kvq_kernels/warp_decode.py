@@ -1,7 +1,7 @@
 """Decode on sm_80 and newer, bound by memory: one warp a program, from the page's bytes to the matrix units.
 
-Nothing passes through shared memory and no two lanes exchange unpacked numbers: see `warp_ptx.py` for which
-lane holds what. Parts of a sequence are merged by `paged_decode`'s second launch.
+Tiles stream through a ring in shared memory, as they are, by asynchronous copies; no two lanes exchange unpacked
+numbers: see `warp_ptx.py` for which lane holds what. Parts of a sequence are merged by `paged_decode`'s second launch.
 """
 
 from functools import lru_cache
@@ -17,18 +17,22 @@ from kvq_kernels.layout import PageLayout
 
 _GROUP = 8
 """Query heads of a kv head that the matrix units take at once."""
-_REGISTERS = 168
-"""Of a lane: 12 warps a multiprocessor."""
-_WARPS = 12
+_REGISTERS = 128
+"""Of a lane: 16 warps a multiprocessor."""
+_WARPS = 16
 _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
+_RING_BYTES = 13_312
+"""Shared memory of a program: 16 of them fit a multiprocessor's 228 KB, each with 1 KB of the system's."""
 
 
-def _tile(key: str, value: str) -> int:
-    """Tokens whose codes a warp holds at a time, so that no register spills."""
-    if key in ptx.PLAIN or value in ptx.PLAIN:
-        return 16
-    return 64 if key in ptx.NIBBLE_KEYS and value == "lm2" else 32
+def _ring(key: str, value: str, head_dim: int) -> tuple[int, int]:
+    """Tokens of a tile, and tiles in the ring."""
+    for tokens in (64, 32, 16):
+        stages = _RING_BYTES // ptx.tile_bytes(key, value, head_dim, tokens)
+        if stages > 1:
+            return tokens, min(stages, 4)
+    return 16, 2
 
 
 @triton.jit
@@ -40,49 +44,70 @@ def _half(pair, i: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(
-    address, metadata, wanted, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr, P: tl.constexpr
-):
+def _load_keys(address, metadata, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
     """Step i of a tile, see `ptx.load_keys`."""
     COUNT: tl.constexpr = 2 * ptx.key_words(SCHEME, D) + ptx.key_numbers(SCHEME)
     return tl.inline_asm_elementwise(
-        ptx.load_keys(SCHEME, D, i, P), ptx.constraints("r" * COUNT, "llr"), [address, metadata, wanted],
+        ptx.load_keys(SCHEME, D, i, T), ptx.constraints("r" * COUNT, "rr"), [address, metadata],
         dtype=ptx.types(COUNT, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
-def _load_values(
-    address, metadata, wanted, i: tl.constexpr,
-    SCHEME: tl.constexpr, D: tl.constexpr, T: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+def _load_values(address, metadata, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
     """Step i of a tile, see `ptx.load_values`."""
     COUNT: tl.constexpr = 4 * ptx.value_words(SCHEME, D) + ptx.value_numbers(SCHEME)
     return tl.inline_asm_elementwise(
-        ptx.load_values(SCHEME, D, i, T, P), ptx.constraints("r" * COUNT, "llr"),
-        [address, metadata, wanted], dtype=ptx.types(COUNT, tl.int32), is_pure=False, pack=1,
+        ptx.load_values(SCHEME, D, i, T), ptx.constraints("r" * COUNT, "rr"), [address, metadata],
+        dtype=ptx.types(COUNT, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
-def _addresses(
-    block, row, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr, KEY_META: tl.constexpr, VALUE_META: tl.constexpr,
+def _swizzled(offset, SWIZZLE: tl.constexpr):
+    return offset ^ ((offset >> SWIZZLE[0] & SWIZZLE[1]) << SWIZZLE[2])
+
+
+@triton.jit
+def _copy(
+    block, row, to, wanted, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Where the lane finds a tile from `row` of a block on: keys, their metadata, the same of values."""
+    """Start copying the tile at `row` of a block to the shared address `to`, where `wanted`."""
+    lane = tl.arange(0, 32)
+    K: tl.constexpr = ptx.key_bytes(KEY, D)
+    V: tl.constexpr = ptx.value_bytes(VALUE, D)
+    numbers = lane // (T // 8) * (2 * P) + lane % (T // 8) * 16
+    tl.inline_asm_elementwise(
+        ptx.copy(KEY, VALUE, D, T), ptx.constraints("r", "lllrrrrr"),
+        [
+            (block + row * K + lane * 16).to(tl.int64),
+            (block + VALUE_OFFSET + row * V + lane * 16).to(tl.int64),
+            (block + META_OFFSET + row * 2 + numbers).to(tl.int64),
+            to + _swizzled(lane * 16, ptx.key_swizzle(KEY, D)),
+            to + T * K + _swizzled(lane * 16, ptx.value_swizzle(VALUE, D)),
+            to + T * (K + V) + lane * 16,
+            lane,
+            wanted.to(tl.int32),
+        ],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _parts(KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
+    """Where in a tile's copy the lane finds its parts: of keys, values, keys' numbers and values'."""
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
-    WORDS: tl.constexpr = ptx.key_words(KEY, D)
-    PART: tl.constexpr = 16 if WORDS > 4 else WORDS * 4
-    VALUE_WORDS: tl.constexpr = ptx.value_words(VALUE, D)
-    BYTES: tl.constexpr = 2 if VALUE == "lm2" and D == 64 else VALUE_WORDS * 4  # of a lane and token
-    VALUE_PART: tl.constexpr = 16 if VALUE_WORDS == 8 else BYTES
-    token, weighed = row + g * (T // 8), row + t * (T // 4)
+    K: tl.constexpr = ptx.key_bytes(KEY, D)
+    V: tl.constexpr = ptx.value_bytes(VALUE, D)
+    PART: tl.constexpr = 8 if K == 32 else 16
+    VALUE_PART: tl.constexpr = 16 if V == 256 else V // 8
     return (
-        (block + token * (WORDS * 16) + t * PART).to(tl.int64),
-        (block + KEY_META + token * 2).to(tl.int64),
-        (block + VALUE_OFFSET + weighed * (BYTES * 8) + g * VALUE_PART).to(tl.int64),
-        (block + VALUE_META + token * 2).to(tl.int64),
+        _swizzled(g * (2 * K) + t * PART, ptx.key_swizzle(KEY, D)),
+        T * K + _swizzled(t * (4 * V) + g * VALUE_PART, ptx.value_swizzle(VALUE, D)),
+        T * (K + V) + g * 4,
+        T * (K + V + 2 * ptx.key_numbers(KEY)) + g * 4,
     )
 
 
@@ -160,11 +185,11 @@ def _value_scale(loaded, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr)
 
 
 @triton.jit
-def _keep_seen(words, position, low, high, U: tl.constexpr, W: tl.constexpr):
+def _keep_seen(words, position, low, high, W: tl.constexpr):
     """Words of the four tokens that the lane weighs in a step, zero where a token is not seen."""
     kept = ()
     for i in tl.static_range(4):
-        token = position + i // 2 + i % 2 * U
+        token = position + i // 2 + i % 2 * 2
         mask = tl.where((token >= low) & (token < high), -1, 0)
         for j in tl.static_range(W):
             kept = kept + (words[i * W + j] & mask,)  # type: ignore[assignment]
@@ -184,13 +209,12 @@ def _warp_decode_kernel(
     query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window,
     splits, parts, group, min_tiles,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr, KEY_META: tl.constexpr, VALUE_META: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
-    FINGERPRINT: tl.constexpr,
+    STAGES: tl.constexpr, FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
     """One part of one request's sequence and one kv head."""
-    U: tl.constexpr = T // 8
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
@@ -212,18 +236,20 @@ def _warp_decode_kernel(
         tl.store(nothing + 1, tl.zeros((8,), tl.float32), mask=every < group)
         return
 
-    # the first tile is on its way while the query is prepared
+    # the first tiles are on their way while the query is prepared
+    STAGE: tl.constexpr = ptx.tile_bytes(KEY, VALUE, D, T)
+    ring = tl.inline_asm_elementwise(
+        ptx.ring(STAGES * STAGE), "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
+    )
     table = tables + request * table_stride
     block = pages + head.to(tl.int64) * BLOCK_BYTES
-    here = block + tl.load(table + first * T // P).to(tl.int64) * page_stride
-    following = tl.load(table + tl.minimum(first + 1, last - 1) * T // P)
-    at = _addresses(here, first * T % P, KEY, VALUE, D, T, VALUE_OFFSET, KEY_META, VALUE_META)
-    more = tl.full((32,), 1, tl.int32)
-    keys, values = (), ()
-    for i in tl.static_range(U // 2):
-        keys = keys + _load_keys(at[0], at[1], more, i, KEY, D, P)
-    for i in tl.static_range(U // 2):
-        values = values + _load_values(at[2], at[3], more, i, VALUE, D, T, P)
+    for i in tl.static_range(STAGES):
+        tile = tl.minimum(first + i, last - 1)
+        here = block + tl.load(table + tile * T // P).to(tl.int64) * page_stride
+        _copy(
+            here, tile * T % P, ring + i * STAGE, (first + i < last) & (lane >= 0),
+            KEY, VALUE, D, T, VALUE_OFFSET, META_OFFSET, P,
+        )  # fmt: skip
 
     PART: tl.constexpr = ptx.query_part(KEY, D)
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
@@ -251,31 +277,42 @@ def _warp_decode_kernel(
     zero = tl.zeros((32,), tl.float32)
     lowest = zero + ptx.NO_MAXIMUM
     state = (lowest, lowest, zero, zero, zero, zero, zero + _first_scale(VALUE)) + (zero,) * (STATE - 7)
-    K: tl.constexpr = 2 * ptx.key_words(KEY, D) + ptx.key_numbers(KEY)
     V: tl.constexpr = 4 * W + ptx.value_numbers(VALUE)
+    parts_at = _parts(KEY, VALUE, D, T)
+    slot = 0
     for tile in range(first, last):
-        more = ((tile + 1 < last) & (lane >= 0)).to(tl.int32)
-        here = block + following.to(tl.int64) * page_stride
-        following = tl.load(table + tl.minimum(tile + 2, last - 1) * T // P)
-        at = _addresses(here, (tile + 1) * T % P, KEY, VALUE, D, T, VALUE_OFFSET, KEY_META, VALUE_META)
-        position = tile * T + g * U
+        later = tl.minimum(tile + STAGES, last - 1)
+        following = tl.load(table + later * T // P)
+        tl.inline_asm_elementwise(ptx.wait(STAGES - 1), "=r,r", [lane], tl.int32, False, 1)
+        at = ring + slot
         edge = (tile * T < low) | (tile * T + T > high)
-        for i in tl.static_range(U // 2):
-            a0, a1, b0, b1 = _scores(keys[0:K], q, held, high0, high1, all0, all1, KEY, D)
-            # registers are filled again as soon as they are read: the next tile has all of this one's time
-            keys = keys[K:] + _load_keys(at[0], at[1], more, i, KEY, D, P)
-            loaded = values[0:V]
+        keys = _load_keys(at + parts_at[0], at + parts_at[2], 0, KEY, D, T)
+        for i in tl.static_range(T // 16):
+            a0, a1, b0, b1 = _scores(keys, q, held, high0, high1, all0, all1, KEY, D)
+            loaded = _load_values(at + parts_at[1], at + parts_at[3], i, VALUE, D, T)
+            if i + 1 < T // 16:
+                keys = _load_keys(at + parts_at[0], at + parts_at[2], i + 1, KEY, D, T)
+            else:
+                # the stage is free again: fill it for the tile that takes it next
+                tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
+                _copy(
+                    block + following.to(tl.int64) * page_stride, later * T % P, at,
+                    (tile + STAGES < last) & (lane >= 0), KEY, VALUE, D, T, VALUE_OFFSET, META_OFFSET, P,
+                )  # fmt: skip
+                slot = tl.where(slot == (STAGES - 1) * STAGE, 0, slot + STAGE)
             if CAP:
                 a0, a1 = cap(a0 * unit0, scale, softcap, CAP), cap(a1 * unit1, scale, softcap, CAP)
                 b0, b1 = cap(b0 * unit0, scale, softcap, CAP), cap(b1 * unit1, scale, softcap, CAP)
             if edge:
-                a_seen = (position + 2 * i >= low) & (position + 2 * i < high)
-                b_seen = (position + 2 * i + 1 >= low) & (position + 2 * i + 1 < high)
+                start = tile * T + 16 * i
+                position = start + 2 * g
+                a_seen = (position >= low) & (position < high)
+                b_seen = (position + 1 >= low) & (position + 1 < high)
                 a0, a1 = tl.where(a_seen, a0, float("-inf")), tl.where(a_seen, a1, float("-inf"))
                 b0, b1 = tl.where(b_seen, b0, float("-inf")), tl.where(b_seen, b1, float("-inf"))
                 # rows that hold no token may hold anything, and 0 · NaN is NaN
                 if V == 4 * W:
-                    loaded = _keep_seen(loaded, tile * T + t * (2 * U) + 2 * i, low, high, U, W)
+                    loaded = _keep_seen(loaded, start + 4 * t, low, high, W)
                 kept = tl.where(a_seen, 0xFFFF, 0) | tl.where(b_seen, -65536, 0)
                 if V == 4 * W + 1:
                     loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept,)
@@ -290,7 +327,6 @@ def _warp_decode_kernel(
                 + state,
                 dtype=ptx.types(STATE, tl.float32), is_pure=True, pack=1,
             )  # fmt: skip
-            values = values[V:] + _load_values(at[2], at[3], more, i, VALUE, D, T, P)
 
     # m, l and the sums of heads 2t and 2t + 1
     bias0, bias1 = _sum_over_groups(state[4]), _sum_over_groups(state[5])
@@ -373,15 +409,13 @@ def launch(
     requests, query_heads, head_dim = query.shape
     heads, dtype = layout.num_kv_heads, "bf16" if query.dtype == torch.bfloat16 else "fp16"
     key, value = (dtype if codec.scheme == "none" else codec.scheme for codec in (layout.key, layout.value))
-    tile = _tile(key, value)
+    tile, stages = _ring(key, value, head_dim)
     _warp_decode_kernel[(splits, heads, requests)](
         query, pages, block_tables, context_lens, partial, stats,
         query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
         splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
-        KEY_META=layout.meta_offset,
-        VALUE_META=layout.meta_offset + 2 * layout.key.num_meta * layout.page_size,
-        BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
+        META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
         HEADS=heads, DTYPE=dtype, D=head_dim,
-        P=layout.page_size, T=tile, FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
+        P=layout.page_size, T=tile, STAGES=stages, FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
     )  # fmt: skip

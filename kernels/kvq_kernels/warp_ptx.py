@@ -1,4 +1,4 @@
-"""PTX of the decode kernel that works in one warp's registers (`warp_decode.py`); strings, built by scheme.
+"""PTX of the decode kernel of one warp a program (`warp_decode.py`); strings, built by scheme.
 
 A lane has g = lane / 4 and t = lane % 4. Tensor cores take tokens as rows and query heads as columns:
 
@@ -8,9 +8,9 @@ A lane has g = lane / 4 and t = lane % 4. Tensor cores take tokens as rows and q
 - Values, `mma.m16n8k16` on fp16: rows are dims, of which lane g brings D/8; columns are the heads; the sum
   runs over 16 tokens, of which lane t brings four. `movmatrix` turns weights from the first form into this.
 
-T tokens of a page are a tile, U = T/8. Lane g scores tokens U·g … U·g + U - 1 of it, lane t weighs tokens
-2U·t … 2U·t + 2U - 1. Step i of a tile takes tokens 2i and 2i + 1 of each g, and 2i, 2i + 1, 2i + U,
-2i + 1 + U of each t: the same 16.
+T tokens of a page are a tile, copied to shared memory as it is, but for the order of 16-byte pieces (no two lanes
+of a load meet in a bank). Step i takes 16 of its tokens: lane g scores tokens a = 16i + 2g and b = a + 1, lane t
+weighs tokens 16i + 4t … 16i + 4t + 3.
 
 Queries become 15-bit integers, q = unit · (128 · high + low), so that byte products are as exact as bf16's.
 """
@@ -70,6 +70,42 @@ def value_words(scheme: str, dim: int) -> int:
     """Registers of one token's value that a lane reads: an eighth (for lm2 at 64 dims half a word)."""
     bits = {"lm2": 2, "int4": 4, "int8": 8, "fp8": 8}.get(scheme, 16)
     return max(1, dim * bits // 256)
+
+
+@triton.constexpr_function
+def key_bytes(scheme: str, dim: int) -> int:
+    """Of one token's codes."""
+    return key_words(scheme, dim) * 16
+
+
+@triton.constexpr_function
+def value_bytes(scheme: str, dim: int) -> int:
+    """Of one token's codes."""
+    return 16 if scheme == "lm2" and dim == 64 else value_words(scheme, dim) * 32
+
+
+@triton.constexpr_function
+def key_swizzle(scheme: str, dim: int) -> tuple[int, int, int]:
+    """(shift, mask, to): where in shared memory byte o of a tile's keys lies, see `swizzled`.
+
+    Eight lanes that load 16 bytes each at a time (16 that load 8) must meet no bank twice: they bring two
+    (four) values of g, 2 tokens apart, and all four t, 16 (8) bytes apart.
+    """
+    size = key_bytes(scheme, dim)
+    return (size.bit_length(), 1, 6) if size > 32 else (size.bit_length() + 1, 1, 5)
+
+
+@triton.constexpr_function
+def value_swizzle(scheme: str, dim: int) -> tuple[int, int, int]:
+    """The same of values: two, four or eight values of g, adjacent, and all four t, 4 tokens apart."""
+    return value_bytes(scheme, dim).bit_length() + 1, 3, 5
+
+
+@triton.constexpr_function
+def tile_bytes(key: str, value: str, dim: int, tokens: int) -> int:
+    """Shared memory of a tile: a multiple of 128."""
+    numbers = 2 * (key_numbers(key) + value_numbers(value))
+    return -(-tokens * (key_bytes(key, dim) + value_bytes(value, dim) + numbers) // 128) * 128
 
 
 @triton.constexpr_function
@@ -156,10 +192,27 @@ class _Code:
         target = to[0] if len(to) == 1 else "{" + ", ".join(to) + "}"
         self.add(f"@{predicate} ld.global.nc.L1::no_allocate{vector}.b32 {target}, [{pointer}+{offset}]")
 
-    def load_numbers(self, to: Sequence[str], pointer: str, step: int, page: int, predicate: str) -> None:
-        """fp16 metadata of tokens a and b of a step, each kind `page` numbers further on."""
+    def load_shared(self, to: Sequence[str], address: str) -> None:
+        vector = {1: "", 2: ".v2", 4: ".v4"}[len(to)]
+        target = to[0] if len(to) == 1 else "{" + ", ".join(to) + "}"
+        self.add(f"ld.shared{vector}.b32 {target}, [{address}]")
+
+    def load_numbers(self, to: Sequence[str], address: str, step: int, tokens: int) -> None:
+        """fp16 metadata of tokens a and b of a step, each kind `tokens` numbers further on."""
         for i, register in enumerate(to):
-            self.load([register], pointer, 4 * step + 2 * page * i, predicate)
+            self.load_shared([register], f"{address}+{32 * step + 2 * tokens * i}")
+
+    def place(self, address: str, offset: int, swizzle: tuple[int, int, int]) -> str:
+        """`offset` bytes on from `address` as `swizzled` lays them; the two have no bit in common.
+
+        As all is exclusive or, the place of a sum is that of one part, moved by that of the other.
+        """
+        shift, mask, to = swizzle
+        offset ^= (offset >> shift & mask) << to
+        low = offset & 0x60
+        if low:
+            address = self.do("xor.b32", address, str(low))
+        return f"{address}+{offset - low}"
 
     def guard(self, operand: str) -> str:
         predicate = self.new("p")
@@ -288,42 +341,87 @@ class _Blocks:
     """
 
     @staticmethod
-    def load_keys(scheme: str, dim: int, step: int, page: int) -> str:
-        """Outputs: words of tokens a and b of a step, and a register of each metadata, tokens a and b.
+    def ring(size: int) -> str:
+        """The shared address of `size` bytes of the program's own; the input is unused. For one call."""
+        return f"{{\n.shared .align 128 .b8 ring[{size}];\nmov.u32 $0, ring;\n}}"
 
-        Inputs: 64-bit addresses of the tile's first token of g, at the lane's part, and of its metadata; and
-        whether to load.
+    @staticmethod
+    def copy(key: str, value: str, dim: int, tokens: int) -> str:
+        """A tile from the page to shared memory, on its way when this returns; a group of its own, full or not.
+
+        Inputs: for keys, values and metadata the 64-bit address to read from and the shared one to write to,
+        both at the lane's first 16 bytes; the lane; and whether to copy. One output, for form's sake.
         """
-        code, words, numbers = _Code(), key_words(scheme, dim), key_numbers(scheme)
-        outputs = code.operands(0, 2 * words + numbers)
-        pointer, metadata, guard = code.operands(2 * words + numbers, 3)
-        predicate = code.guard(guard)
-        for token in range(2):
-            for word in range(0, words, 4):
-                to = outputs[token * words + word : token * words + min(word + 4, words)]
-                code.load(to, pointer, (2 * step + token) * words * 16 + word * 16, predicate)
-        code.load_numbers(outputs[2 * words :], metadata, step, page, predicate)
+        code = _Code()
+        sources, targets, (lane, wanted) = code.operands(1, 3), code.operands(4, 3), code.operands(7, 2)
+        numbers = 2 * tokens * (key_numbers(key) + value_numbers(value))
+        regions = (
+            (tokens * key_bytes(key, dim), key_swizzle(key, dim)),
+            (tokens * value_bytes(value, dim), value_swizzle(value, dim)),
+            (numbers, (0, 0, 0)),
+        )
+        everything = code.guard(wanted)
+        for source, target, (size, swizzle) in zip(sources, targets, regions, strict=True):
+            for start in range(0, size, 512):
+                predicate = everything
+                if size - start < 512:
+                    predicate = code.new("p")
+                    code.add(f"setp.lt.and.s32 {predicate}, {lane}, {(size - start) // 16}, {everything}")
+                to = code.place(target, start, swizzle)
+                code.add(f"@{predicate} cp.async.cg.shared.global [{to}], [{source}+{start}], 16")
+        code.add("cp.async.commit_group")
+        code.add("mov.b32 $0, 0")
         return code.text()
 
     @staticmethod
-    def load_values(scheme: str, dim: int, step: int, tokens: int, page: int) -> str:
+    def wait(groups: int) -> str:
+        """Until no more than `groups` copies of this lane are on their way, for all lanes. The input is
+        unused; one output, for form's sake."""
+        code = _Code()
+        code.add(f"cp.async.wait_group {groups}")
+        code.add("bar.warp.sync 0xffffffff")
+        code.add("mov.b32 $0, 0")
+        return code.text()
+
+    @staticmethod
+    def all_read() -> str:
+        """Until all lanes have read what they asked for. The input is unused; one output, for form's sake."""
+        return "{\nbar.warp.sync 0xffffffff;\nmov.b32 $0, 0;\n}"
+
+    @staticmethod
+    def load_keys(scheme: str, dim: int, step: int, tokens: int) -> str:
+        """Outputs: words of tokens a and b of a step, and a register of each metadata, tokens a and b.
+
+        Inputs: shared addresses of the tile's keys and of their metadata, at the lane's part.
+        """
+        code, words, numbers = _Code(), key_words(scheme, dim), key_numbers(scheme)
+        outputs = code.operands(0, 2 * words + numbers)
+        keys, metadata = code.operands(2 * words + numbers, 2)
+        for token in range(2):
+            for word in range(0, words, 4):
+                to = outputs[token * words + word : token * words + min(word + 4, words)]
+                offset = (16 * step + token) * key_bytes(scheme, dim) + word * 16
+                code.load_shared(to, code.place(keys, offset, key_swizzle(scheme, dim)))
+        code.load_numbers(outputs[2 * words :], metadata, step, tokens)
+        return code.text()
+
+    @staticmethod
+    def load_values(scheme: str, dim: int, step: int, tokens: int) -> str:
         """The same for values: words of the four tokens the lane weighs in a step, metadata of a and b."""
         code, words, numbers = _Code(), value_words(scheme, dim), value_numbers(scheme)
         outputs = code.operands(0, 4 * words + numbers)
-        pointer, metadata, guard = code.operands(4 * words + numbers, 3)
-        predicate, rows = code.guard(guard), tokens // 8
-        for i, row in enumerate((2 * step, 2 * step + rows, 2 * step + 1, 2 * step + 1 + rows)):
-            to = outputs[i * words : (i + 1) * words]
-            if scheme == "lm2" and dim == 64:
+        values, metadata = code.operands(4 * words + numbers, 2)
+        row, swizzle = value_bytes(scheme, dim), value_swizzle(scheme, dim)
+        for i, token in enumerate((0, 2, 1, 3)):
+            to, offset = outputs[i * words : (i + 1) * words], (16 * step + token) * row
+            if row == 16:
                 half = code.new("h")
-                code.add(f"@{predicate} ld.global.nc.L1::no_allocate.b16 {half}, [{pointer}+{row * 16}]")
+                code.add(f"ld.shared.b16 {half}, [{code.place(values, offset, swizzle)}]")
                 code.add(f"mov.b32 {to[0]}, {{{half}, {half}}}")
-            elif words == 8:  # two runs of 64 dims, so that eight lanes read 128 adjacent bytes
-                code.load(to[:4], pointer, row * dim * 2, predicate)
-                code.load(to[4:], pointer, row * dim * 2 + 128, predicate)
-            else:
-                code.load(to, pointer, row * words * 32, predicate)
-        code.load_numbers(outputs[4 * words :], metadata, step, page, predicate)
+            for word in range(0, words if row > 16 else 0, 4):  # two runs of 64 dims where there are 8 words
+                part = to[word : min(word + 4, words)]
+                code.load_shared(part, code.place(values, offset + word * 32, swizzle))
+        code.load_numbers(outputs[4 * words :], metadata, step, tokens)
         return code.text()
 
     @staticmethod
@@ -485,7 +583,7 @@ class _Blocks:
 
         Inputs before it: scores a0, a1, b0, b1 (-inf where unseen), what makes those of heads 2t and 2t + 1
         powers of two; value scales of tokens a and b, their biases, and the words of the four tokens the lane
-        weighs: 2i, 2i + U, 2i + 1, 2i + 1 + U. Sums are in units of 1 / (the values' scale).
+        weighs: 0, 2, 1, 3 of them. Sums are in units of 1 / (the values' scale).
         """
         code, words, state = _Code(), value_words(scheme, dim), step_state(dim)
         outputs = code.operands(0, state)
@@ -612,13 +710,33 @@ class _Blocks:
 
 
 @triton.constexpr_function
-def load_keys(scheme: str, dim: int, step: int, page: int) -> str:
-    return _Blocks().load_keys(scheme, dim, step, page)
+def ring(size: int) -> str:
+    return _Blocks().ring(size)
 
 
 @triton.constexpr_function
-def load_values(scheme: str, dim: int, step: int, tokens: int, page: int) -> str:
-    return _Blocks().load_values(scheme, dim, step, tokens, page)
+def copy(key: str, value: str, dim: int, tokens: int) -> str:
+    return _Blocks().copy(key, value, dim, tokens)
+
+
+@triton.constexpr_function
+def wait(groups: int) -> str:
+    return _Blocks().wait(groups)
+
+
+@triton.constexpr_function
+def all_read() -> str:
+    return _Blocks().all_read()
+
+
+@triton.constexpr_function
+def load_keys(scheme: str, dim: int, step: int, tokens: int) -> str:
+    return _Blocks().load_keys(scheme, dim, step, tokens)
+
+
+@triton.constexpr_function
+def load_values(scheme: str, dim: int, step: int, tokens: int) -> str:
+    return _Blocks().load_values(scheme, dim, step, tokens)
 
 
 @triton.constexpr_function
