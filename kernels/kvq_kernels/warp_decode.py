@@ -1,7 +1,8 @@
 """Decode on sm_80 and newer, bound by memory: one warp a program, from the page's bytes to the matrix units.
 
-Tiles stream through a ring in shared memory, as they are, by asynchronous copies; no two lanes exchange unpacked
-numbers: see `warp_ptx.py` for which lane holds what. Parts of a sequence are merged by `paged_decode`'s second launch.
+Tiles stream through a ring in shared memory, as they are, by asynchronous copies; no two lanes exchange
+unpacked numbers: see `warp_ptx.py` for which lane holds what. Parts of a sequence are merged by
+`paged_decode`'s second launch.
 """
 
 from functools import lru_cache
@@ -415,7 +416,8 @@ def launch(
         query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
         splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
-        META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes, WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
-        HEADS=heads, DTYPE=dtype, D=head_dim,
-        P=layout.page_size, T=tile, STAGES=stages, FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
+        META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
+        WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
+        HEADS=heads, DTYPE=dtype, D=head_dim, P=layout.page_size, T=tile, STAGES=stages,
+        FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
     )  # fmt: skip
