@@ -9,8 +9,8 @@ A lane has g = lane / 4 and t = lane % 4. Tensor cores take tokens as rows and q
   runs over 16 tokens, of which lane t brings four. `movmatrix` turns weights from the first form into this.
 
 T tokens of a page are a tile, copied to shared memory as it is, but for the order of 16-byte pieces: no two
-lanes of a load meet in a bank. Step i takes 16 of its tokens: lane g scores tokens a = 16i + 2g and b = a + 1,
-lane t weighs tokens 16i + 4t … 16i + 4t + 3.
+lanes of a load meet in a bank. Step i takes 16 of its tokens: lane g scores tokens a = 16i + 2g and
+b = a + 1, lane t weighs tokens 16i + 4t … 16i + 4t + 3.
 
 Queries become 15-bit integers, q = unit · (128 · high + low), so that byte products are as exact as bf16's.
 """
@@ -347,7 +347,7 @@ class _Blocks:
 
     @staticmethod
     def copy(key: str, value: str, dim: int, tokens: int) -> str:
-        """A tile from the page to shared memory, on its way when this returns: a group of copies, or an empty one.
+        """Start copying a tile from the page to shared memory: a group of copies, or an empty one.
 
         Inputs: for keys, values and metadata the 64-bit address to read from and the shared one to write to,
         both at the lane's first 16 bytes; the lane; and whether to copy. One output, for form's sake.
