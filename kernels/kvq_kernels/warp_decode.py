@@ -129,7 +129,8 @@ def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexp
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
     else:
         COUNT: tl.constexpr = 8 if SCHEME == "turbo" else 4
-        EXTRA: tl.constexpr = 3 if SCHEME == "turbo" else 0
+        TABLES: tl.constexpr = ptx.tables_held(SCHEME)
+        EXTRA: tl.constexpr = 3 if SCHEME == "turbo" else TABLES
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D),
             ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + EXTRA)),
@@ -145,6 +146,10 @@ def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexp
             a0, a1 = a0 + r[4].to(tl.float32) * residual_a, a1 + r[5].to(tl.float32) * residual_a
             b0, b1 = b0 + r[6].to(tl.float32) * residual_b, b1 + r[7].to(tl.float32) * residual_b
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
+        elif SCHEME == "lm4":
+            half0, half1 = all0 * 0.5, all1 * 0.5
+            a0, a1 = (a0 + half0) * factor_a, (a1 + half1) * factor_a
+            b0, b1 = (b0 + half0) * factor_b, (b1 + half1) * factor_b
         else:
             bias_a, bias_b = _half(loaded[2 * WORDS + 1], 0), _half(loaded[2 * WORDS + 1], 1)
             a0, a1 = a0 * factor_a + all0 * bias_a, a1 * factor_a + all1 * bias_a
@@ -154,7 +159,7 @@ def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexp
 
 @triton.constexpr_function
 def _key_unit(scheme: str) -> float:
-    return {"turbo": ptx.TURBO_UNIT, "fp8": 256.0}.get(scheme, 1.0)
+    return {"turbo": ptx.TURBO_UNIT, "lm4": ptx.LM4_UNIT, "fp8": 256.0}.get(scheme, 1.0)
 
 
 @triton.constexpr_function
@@ -270,8 +275,12 @@ def _warp_decode_kernel(
         power0, power1 = unit0 * 0.0 + LOG2E, unit1 * 0.0 + LOG2E
 
     held = ()
-    if KEY == "turbo":
-        held = (tl.inline_asm_elementwise(ptx.held_table(), "=&r,r", [lane], tl.int32, False, 1),)  # type: ignore[assignment]
+    TABLES: tl.constexpr = ptx.tables_held(KEY)
+    if TABLES:
+        held = tl.inline_asm_elementwise(
+            ptx.held_tables(KEY), ptx.constraints("r" * TABLES, "r"), [lane],
+            dtype=ptx.types(TABLES, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
 
     STATE: tl.constexpr = ptx.step_state(D)
     W: tl.constexpr = ptx.value_words(VALUE, D)

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from kvq_kernels.codebook import LEVELS
 
-NIBBLE_KEYS = ("turbo", "int4")
+NIBBLE_KEYS = ("turbo", "lm4", "int4")
 PLAIN = ("bf16", "fp16")
 """Not quantized: the model's dtype."""
 KEYS = (*NIBBLE_KEYS, "int8", "fp8", *PLAIN)
@@ -37,6 +37,9 @@ BIASED = ("int4", "int8")
 TURBO_UNIT = LEVELS[3][7] / 88
 TURBO_LEVELS = tuple(round(level / TURBO_UNIT) for level in LEVELS[3])
 """3-bit levels in units of TURBO_UNIT."""
+LM4_UNIT = LEVELS[4][15] / 114.5
+LM4_LEVELS = tuple(round(level / LM4_UNIT + 0.5 * (level > 0) - 0.5 * (level < 0)) for level in LEVELS[4])
+"""4-bit levels in units of LM4_UNIT, half a unit further from zero."""
 LM2_UNIT = LEVELS[2][3] / 183
 """A 2-bit level is ±55 or ±183 times this."""
 HALF_UNIT = 2.0**-24
@@ -118,6 +121,12 @@ def key_numbers(scheme: str) -> int:
 def value_numbers(scheme: str) -> int:
     """The same of a value."""
     return 0 if scheme in PLAIN else 2 if scheme in ("int4", "int8") else 1
+
+
+@triton.constexpr_function
+def tables_held(scheme: str) -> int:
+    """Registers of look-up tables, see `held_tables`."""
+    return {"turbo": 1, "lm4": 2}.get(scheme, 0)
 
 
 @triton.constexpr_function
@@ -254,7 +263,13 @@ class _Code:
         return self.do("prmt.b32", low, high, "0x5410")
 
     def key_operands(self, scheme: str, words: Sequence[str], held: Sequence[str]) -> list[tuple[str, str]]:
-        """A token's words -> what its row brings to each product of 32 dims; `held`: see `held_table`."""
+        """A token's words -> what its row brings to the products of 32 dims, one or two to each; `held`: see
+        `held_tables`.
+
+        For lm4 the two add up to the level in units, less one half. Where a selector's highest bit is set,
+        `prmt` gives the sign of the byte: a look-up of the levels above zero gives 0 in place of the others,
+        and one of those below, with that bit flipped, gives -1.
+        """
         if scheme == "int8":
             return [(words[i], words[i + 1]) for i in range(0, len(words), 2)]
         if scheme == "int4":
@@ -265,16 +280,16 @@ class _Code:
                 )
                 for word in words
             ]
-        table = [*held, self.table(TURBO_LEVELS)[1]]
         result = []
         for word in words:
-            index = self.do("and.b32", word, "0x77777777")
-            result.append(
-                (
-                    self.do("prmt.b32", *table, index),
-                    self.do("prmt.b32", *table, self.do("shr.u32", index, "16")),
-                )
-            )
+            if scheme == "turbo":
+                looked_up = [(TURBO_LEVELS, self.do("and.b32", word, "0x77777777"))]
+            else:
+                looked_up = [(LM4_LEVELS[:8], word), (LM4_LEVELS[8:], self.do("xor.b32", word, "0x88888888"))]
+            for first, (levels, index) in zip(held, looked_up, strict=True):
+                table = first, self.table(levels)[1]
+                upper = self.do("shr.u32", index, "16")
+                result.append((self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)))
         return result
 
     def e4m3_pair(self, word: str, selector: str) -> str:
@@ -528,8 +543,8 @@ class _Blocks:
         Σ q·code in units of `unit`; for turbo then as many R, ½ Σ q·(residual sign). For fp8 and unquantized
         keys floats.
 
-        Inputs: words of tokens a and b, the query's registers, and for turbo `held_table` and Σ high of
-        both heads.
+        Inputs: words of tokens a and b, the query's registers, `held_tables`, and for turbo Σ high of both
+        heads.
         """
         code, words = _Code(), key_words(scheme, dim)
         registers, high = query_registers(scheme, dim)
@@ -537,7 +552,7 @@ class _Blocks:
         outputs = code.operands(0, count)
         a, b = code.operands(count, words), code.operands(count + words, words)
         query = code.operands(count + 2 * words, registers)
-        held = code.operands(count + 2 * words + registers, int(scheme == "turbo"))
+        held = code.operands(count + 2 * words + registers, tables_held(scheme))
         if scheme == "fp8" or scheme in PLAIN:
             sums = [code.do("mov.f32", code.float(0.0), kind="f") for _ in range(4)]
             for i in range(registers // 2):
@@ -552,12 +567,13 @@ class _Blocks:
                 code.add(f"mov.f32 {output}, {total}")
             return code.text()
         coded = [code.key_operands(scheme, w, held) for w in (a, b)]
-        kinds = "s32.s8.s8.s32" if scheme == "turbo" else "s32.u8.s8.s32"
+        kinds = "s32.s8.s8.s32" if held else "s32.u8.s8.s32"
         highs, lows = ([code.do("mov.b32", "0") for _ in range(4)] for _ in range(2))
         for i, (row_a, row_b) in enumerate(zip(*coded, strict=True)):
             operand = [row_a[0], row_b[0], row_a[1], row_b[1]]
+            at = i * high // len(coded[0]) // 2 * 2
             for sums, part in ((highs, query[:high]), (lows, query[high : 2 * high])):
-                code.mma(kinds, sums, operand, part[2 * i : 2 * i + 2], sums)
+                code.mma(kinds, sums, operand, part[at : at + 2], sums)
         for output, x, y in zip(outputs, highs, lows, strict=False):
             code.add(f"mad.lo.s32 {output}, {x}, 128, {y}")
         if scheme == "turbo":
@@ -680,15 +696,17 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def held_table() -> str:
-        """Lower half of turbo's look-up table, which `prmt` takes from a register alone; the input is unused.
+    def held_tables(scheme: str) -> str:
+        """Lower halves of look-up tables, which `prmt` takes from a register alone; the input is unused.
 
-        ptxas must not know it for a constant, or it moves it anew each time: 1, the number of lanes that
+        ptxas must not know them for constants, or it moves them anew each time: 1, the number of lanes that
         equal this one, is added on the way.
         """
         code = _Code()
         one = code.do("popc.b32", code.do("mov.u32", "%lanemask_eq"))
-        code.add(f"add.s32 $0, {one}, {int(code.table(TURBO_LEVELS)[0], 16) - 1}")
+        tables = [TURBO_LEVELS] if scheme == "turbo" else [LM4_LEVELS[:8], LM4_LEVELS[8:]]
+        for i, table in enumerate(tables):
+            code.add(f"add.s32 ${i}, {one}, {int(code.table(table)[0], 16) - 1}")
         return code.text()
 
     @staticmethod
@@ -760,8 +778,8 @@ def store_sums(dim: int, apart: bool) -> str:
 
 
 @triton.constexpr_function
-def held_table() -> str:
-    return _Blocks().held_table()
+def held_tables(scheme: str) -> str:
+    return _Blocks().held_tables(scheme)
 
 
 @triton.constexpr_function

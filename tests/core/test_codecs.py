@@ -98,11 +98,23 @@ def test_levels_are_centroids_of_their_cells(bits: int) -> None:
         assert level == pytest.approx((density[0] - density[1]) / mass, abs=0.02)
 
 
-@pytest.mark.parametrize(("bits", "largest"), [(2, 183), (3, 88)])
+@pytest.mark.parametrize(("bits", "largest"), [(2, 183), (3, 88), (4, 114.5)])
 def test_levels_are_multiples_that_bytes_hold(bits: int, largest: float) -> None:
     multiples = [level / LEVELS[bits][-1] * largest for level in LEVELS[bits]]
     assert multiples == pytest.approx([-x for x in reversed(multiples)])
     assert [2 * x for x in multiples] == pytest.approx([round(2 * x) for x in multiples])
+
+
+@pytest.mark.parametrize(("bits", "best"), [(2, 0.117482), (3, 0.034548), (4, 0.009501)])
+def test_multiples_cost_no_precision(bits: int, best: float) -> None:
+    """The mean squared error on a unit normal, integrated, against that of Lloyd-Max's own levels."""
+    edges = [-40.0, *thresholds(bits), 40.0]
+    error = 0.0
+    for level, low, high in zip(LEVELS[bits], edges, edges[1:], strict=False):
+        a, b = (math.exp(-e * e / 2) / math.sqrt(2 * math.pi) for e in (low, high))
+        mass = 0.5 * (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2)))
+        error += mass + low * a - high * b - 2 * level * (a - b) + level * level * mass
+    assert error == pytest.approx(best, rel=6e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
