@@ -18,8 +18,8 @@ LEVELS: dict[int, tuple[float, ...]] = {
 """bits -> the levels of the Lloyd-Max quantizer of a unit normal, ascending: a code is an index into them.
 
 S. Lloyd, Least squares quantization in PCM (1982); J. Max, Quantizing for minimum distortion (1960). All are
-multiples of a unit that a byte holds, so that kernels look them up exactly; the distortion is that of the best
-levels to within 0.01% at 2 and 3 bits and 0.05% at 4.
+multiples of a unit that a byte holds, so that kernels look them up exactly; the distortion is that of the
+best levels to within 0.01% at 2 and 3 bits and 0.05% at 4.
 """
 
 LARGEST = float(2**30)

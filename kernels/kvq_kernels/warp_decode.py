@@ -21,6 +21,8 @@ _GROUP = 8
 _REGISTERS = 128
 """Of a lane: 16 warps a multiprocessor."""
 _WARPS = 16
+_STEPS = 4
+"""Steps of 16 tokens, at most, that are unrolled."""
 _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _RING_BYTES = 13_312
@@ -218,7 +220,7 @@ def _warp_decode_kernel(
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
-    STAGES: tl.constexpr, FINGERPRINT: tl.constexpr,
+    STAGES: tl.constexpr, STEPS: tl.constexpr, FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
     """One part of one request's sequence and one kv head."""
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -290,23 +292,30 @@ def _warp_decode_kernel(
     V: tl.constexpr = 4 * W + ptx.value_numbers(VALUE)
     parts_at = _parts(KEY, VALUE, D, T)
     slot = 0
-    for tile in range(first, last):
+    UNROLLED: tl.constexpr = min(STEPS, T // 16)
+    ROUNDS: tl.constexpr = T // 16 // UNROLLED
+    for turn in range(first * ROUNDS, last * ROUNDS):
+        tile, j = turn // ROUNDS, turn % ROUNDS
         later = tl.minimum(tile + STAGES, last - 1)
         following = tl.load(table + later * T // P)
-        tl.inline_asm_elementwise(ptx.wait(STAGES - 1), "=r,r", [lane], tl.int32, False, 1)
-        at = ring + slot
-        edge = (tile * T < low) | (tile * T + T > high)
-        keys = _load_keys(at + parts_at[0], at + parts_at[2], 0, KEY, D, T)
-        for i in tl.static_range(T // 16):
+        if ROUNDS == 1 or j == 0:
+            tl.inline_asm_elementwise(ptx.wait(STAGES - 1), "=r,r", [lane], tl.int32, False, 1)
+        begin = tile * T + j * (16 * UNROLLED)
+        edge = (begin < low) | (begin + 16 * UNROLLED > high)
+        at_keys = ring + (slot + j * (16 * UNROLLED * ptx.key_bytes(KEY, D))) + parts_at[0]
+        at_values = ring + (slot + j * (16 * UNROLLED * ptx.value_bytes(VALUE, D))) + parts_at[1]
+        at_numbers = ring + (slot + j * (32 * UNROLLED))
+        keys = _load_keys(at_keys, at_numbers + parts_at[2], 0, KEY, D, T)
+        for i in tl.static_range(UNROLLED):
             a0, a1, b0, b1 = _scores(keys, q, held, high0, high1, all0, all1, KEY, D)
-            loaded = _load_values(at + parts_at[1], at + parts_at[3], i, VALUE, D, T)
-            if i + 1 < T // 16:
-                keys = _load_keys(at + parts_at[0], at + parts_at[2], i + 1, KEY, D, T)
-            else:
+            loaded = _load_values(at_values, at_numbers + parts_at[3], i, VALUE, D, T)
+            if i + 1 < UNROLLED:
+                keys = _load_keys(at_keys, at_numbers + parts_at[2], i + 1, KEY, D, T)
+            elif ROUNDS == 1 or j == ROUNDS - 1:
                 # the stage is free again: fill it for the tile that takes it next
                 tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
                 _copy(
-                    block + following.to(tl.int64) * page_stride, later * T % P, at,
+                    block + following.to(tl.int64) * page_stride, later * T % P, ring + slot,
                     (tile + STAGES < last) & (lane >= 0), KEY, VALUE, D, T, VALUE_OFFSET, META_OFFSET, P,
                 )  # fmt: skip
                 slot = tl.where(slot == (STAGES - 1) * STAGE, 0, slot + STAGE)
@@ -314,7 +323,7 @@ def _warp_decode_kernel(
                 a0, a1 = cap(a0 * unit0, scale, softcap, CAP), cap(a1 * unit1, scale, softcap, CAP)
                 b0, b1 = cap(b0 * unit0, scale, softcap, CAP), cap(b1 * unit1, scale, softcap, CAP)
             if edge:
-                start = tile * T + 16 * i
+                start = begin + 16 * i
                 position = start + 2 * g
                 a_seen = (position >= low) & (position < high)
                 b_seen = (position + 1 >= low) & (position + 1 < high)
@@ -427,6 +436,6 @@ def launch(
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
         META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
-        HEADS=heads, DTYPE=dtype, D=head_dim, P=layout.page_size, T=tile, STAGES=stages,
+        HEADS=heads, DTYPE=dtype, D=head_dim, P=layout.page_size, T=tile, STAGES=stages, STEPS=_STEPS,
         FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
     )  # fmt: skip
