@@ -1,6 +1,6 @@
 """Decode on sm_80 and newer, bound by memory: one warp a program, from the page's bytes to the matrix units.
 
-Tiles stream through a ring in shared memory, as they are, by asynchronous copies; no two lanes exchange
+Tokens stream through a ring in shared memory, as they are, by asynchronous copies; no two lanes exchange
 unpacked numbers: see `warp_ptx.py` for which lane holds what. Parts of a sequence are merged by
 `paged_decode`'s second launch.
 """
@@ -21,21 +21,15 @@ _GROUP = 8
 _REGISTERS = 128
 """Of a lane: 16 warps a multiprocessor."""
 _WARPS = 16
-_STEPS = 4
-"""Steps of 16 tokens, at most, that are unrolled."""
 _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _RING_BYTES = 13_312
 """Shared memory of a program: 16 of them fit a multiprocessor's 228 KB, each with 1 KB of the system's."""
 
 
-def _ring(key: str, value: str, head_dim: int) -> tuple[int, int]:
-    """Tokens of a tile, and tiles in the ring."""
-    for tokens in (64, 32, 16):
-        stages = _RING_BYTES // ptx.tile_bytes(key, value, head_dim, tokens)
-        if stages > 1:
-            return tokens, min(stages, 4)
-    return 16, 2
+def _tile(key: str, value: str, head_dim: int) -> int:
+    """Tokens that a warp has on their way."""
+    return max(t for t in (32, 64) if t == 32 or ptx.tile_bytes(key, value, head_dim, t) <= _RING_BYTES)
 
 
 @triton.jit
@@ -72,34 +66,48 @@ def _swizzled(offset, SWIZZLE: tl.constexpr):
 
 
 @triton.jit
-def _copy(
-    block, row, to, wanted, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, P: tl.constexpr,
+def _sources(
+    block, row, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Start copying the tile at `row` of a block to the shared address `to`, where `wanted`."""
+    """Where the lane begins to copy a tile from `row` of a block on: keys, values, numbers."""
+    lane = tl.arange(0, 32)
+    return (
+        (block + row * ptx.key_bytes(KEY, D) + lane * 16).to(tl.int64),
+        (block + row * ptx.value_bytes(VALUE, D) + (VALUE_OFFSET + lane * 16)).to(tl.int64),
+        (block + row * 2 + (META_OFFSET + lane // 2 * (2 * P) + lane % 2 * 16)).to(tl.int64),
+    )
+
+
+@triton.jit
+def _targets(ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
+    """Where to."""
     lane = tl.arange(0, 32)
     K: tl.constexpr = ptx.key_bytes(KEY, D)
     V: tl.constexpr = ptx.value_bytes(VALUE, D)
-    numbers = lane // (T // 8) * (2 * P) + lane % (T // 8) * 16
+    return (
+        ring + _swizzled(lane * 16, ptx.key_swizzle(KEY, D)),
+        ring + T * K + _swizzled(lane * 16, ptx.value_swizzle(VALUE, D)),
+        ring + T * (K + V) + lane // 2 * (2 * T) + lane % 2 * 16,
+    )
+
+
+@triton.jit
+def _copy(
+    sources, targets, wanted, i: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Start copying step i of a tile, where `wanted`."""
+    lane = tl.arange(0, 32)
     tl.inline_asm_elementwise(
-        ptx.copy(KEY, VALUE, D, T), ptx.constraints("r", "lllrrrrr"),
-        [
-            (block + row * K + lane * 16).to(tl.int64),
-            (block + VALUE_OFFSET + row * V + lane * 16).to(tl.int64),
-            (block + META_OFFSET + row * 2 + numbers).to(tl.int64),
-            to + _swizzled(lane * 16, ptx.key_swizzle(KEY, D)),
-            to + T * K + _swizzled(lane * 16, ptx.value_swizzle(VALUE, D)),
-            to + T * (K + V) + lane * 16,
-            lane,
-            wanted.to(tl.int32),
-        ],
-        dtype=tl.int32, is_pure=False, pack=1,
+        ptx.copy(KEY, VALUE, D, i), ptx.constraints("r", "lllrrrrr"),
+        sources + targets + (lane, wanted.to(tl.int32)), dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
-def _parts(KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
-    """Where in a tile's copy the lane finds its parts: of keys, values, keys' numbers and values'."""
+def _parts(ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
+    """Where in the ring the lane finds its parts of a tile: of keys, values, keys' numbers and values'."""
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
     K: tl.constexpr = ptx.key_bytes(KEY, D)
@@ -107,10 +115,10 @@ def _parts(KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.conste
     PART: tl.constexpr = 8 if K == 32 else 16
     VALUE_PART: tl.constexpr = 16 if V == 256 else V // 8
     return (
-        _swizzled(g * (2 * K) + t * PART, ptx.key_swizzle(KEY, D)),
-        T * K + _swizzled(t * (4 * V) + g * VALUE_PART, ptx.value_swizzle(VALUE, D)),
-        T * (K + V) + g * 4,
-        T * (K + V + 2 * ptx.key_numbers(KEY)) + g * 4,
+        ring + _swizzled(g * (2 * K) + t * PART, ptx.key_swizzle(KEY, D)),
+        ring + T * K + _swizzled(t * (4 * V) + g * VALUE_PART, ptx.value_swizzle(VALUE, D)),
+        ring + T * (K + V) + g * 4,
+        ring + T * (K + V + 2 * ptx.key_numbers(KEY)) + g * 4,
     )
 
 
@@ -220,7 +228,7 @@ def _warp_decode_kernel(
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
-    STAGES: tl.constexpr, STEPS: tl.constexpr, FINGERPRINT: tl.constexpr,
+    FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
     """One part of one request's sequence and one kv head."""
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -244,20 +252,19 @@ def _warp_decode_kernel(
         tl.store(nothing + 1, tl.zeros((8,), tl.float32), mask=every < group)
         return
 
-    # the first tiles are on their way while the query is prepared
-    STAGE: tl.constexpr = ptx.tile_bytes(KEY, VALUE, D, T)
+    # the first tile is on its way while the query is prepared
+    STEPS: tl.constexpr = T // 16
     ring = tl.inline_asm_elementwise(
-        ptx.ring(STAGES * STAGE), "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
+        ptx.ring(ptx.tile_bytes(KEY, VALUE, D, T)), "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
     )
+    targets, parts_at = _targets(ring, KEY, VALUE, D, T), _parts(ring, KEY, VALUE, D, T)
     table = tables + request * table_stride
     block = pages + head.to(tl.int64) * BLOCK_BYTES
-    for i in tl.static_range(STAGES):
-        tile = tl.minimum(first + i, last - 1)
-        here = block + tl.load(table + tile * T // P).to(tl.int64) * page_stride
-        _copy(
-            here, tile * T % P, ring + i * STAGE, (first + i < last) & (lane >= 0),
-            KEY, VALUE, D, T, VALUE_OFFSET, META_OFFSET, P,
-        )  # fmt: skip
+    here = block + tl.load(table + first * T // P).to(tl.int64) * page_stride
+    following = tl.load(table + tl.minimum(first + 1, last - 1) * T // P)
+    sources = _sources(here, first * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
+    for i in tl.static_range(STEPS):
+        _copy(sources, targets, lane >= 0, i, KEY, VALUE, D)
 
     PART: tl.constexpr = ptx.query_part(KEY, D)
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
@@ -290,40 +297,25 @@ def _warp_decode_kernel(
     lowest = zero + ptx.NO_MAXIMUM
     state = (lowest, lowest, zero, zero, zero, zero, zero + _first_scale(VALUE)) + (zero,) * (STATE - 7)
     V: tl.constexpr = 4 * W + ptx.value_numbers(VALUE)
-    parts_at = _parts(KEY, VALUE, D, T)
-    slot = 0
-    UNROLLED: tl.constexpr = min(STEPS, T // 16)
-    ROUNDS: tl.constexpr = T // 16 // UNROLLED
-    for turn in range(first * ROUNDS, last * ROUNDS):
-        tile, j = turn // ROUNDS, turn % ROUNDS
-        later = tl.minimum(tile + STAGES, last - 1)
-        following = tl.load(table + later * T // P)
-        if ROUNDS == 1 or j == 0:
-            tl.inline_asm_elementwise(ptx.wait(STAGES - 1), "=r,r", [lane], tl.int32, False, 1)
-        begin = tile * T + j * (16 * UNROLLED)
-        edge = (begin < low) | (begin + 16 * UNROLLED > high)
-        at_keys = ring + (slot + j * (16 * UNROLLED * ptx.key_bytes(KEY, D))) + parts_at[0]
-        at_values = ring + (slot + j * (16 * UNROLLED * ptx.value_bytes(VALUE, D))) + parts_at[1]
-        at_numbers = ring + (slot + j * (32 * UNROLLED))
-        keys = _load_keys(at_keys, at_numbers + parts_at[2], 0, KEY, D, T)
-        for i in tl.static_range(UNROLLED):
+    for tile in range(first, last):
+        here = block + following.to(tl.int64) * page_stride
+        following = tl.load(table + tl.minimum(tile + 2, last - 1) * T // P)
+        sources = _sources(here, (tile + 1) * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
+        more = (tile + 1 < last) & (lane >= 0)
+        edge = (tile * T < low) | (tile * T + T > high)
+        for i in tl.static_range(STEPS):
+            tl.inline_asm_elementwise(ptx.wait(STEPS - 1), "=r,r", [lane], tl.int32, False, 1)
+            keys = _load_keys(parts_at[0], parts_at[2], i, KEY, D, T)
             a0, a1, b0, b1 = _scores(keys, q, held, high0, high1, all0, all1, KEY, D)
-            loaded = _load_values(at_values, at_numbers + parts_at[3], i, VALUE, D, T)
-            if i + 1 < UNROLLED:
-                keys = _load_keys(at_keys, at_numbers + parts_at[2], i + 1, KEY, D, T)
-            elif ROUNDS == 1 or j == ROUNDS - 1:
-                # the stage is free again: fill it for the tile that takes it next
-                tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
-                _copy(
-                    block + following.to(tl.int64) * page_stride, later * T % P, ring + slot,
-                    (tile + STAGES < last) & (lane >= 0), KEY, VALUE, D, T, VALUE_OFFSET, META_OFFSET, P,
-                )  # fmt: skip
-                slot = tl.where(slot == (STAGES - 1) * STAGE, 0, slot + STAGE)
+            loaded = _load_values(parts_at[1], parts_at[3], i, VALUE, D, T)
+            # what is read is filled again at once: the next tile has all of this one's time
+            tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
+            _copy(sources, targets, more, i, KEY, VALUE, D)
             if CAP:
                 a0, a1 = cap(a0 * unit0, scale, softcap, CAP), cap(a1 * unit1, scale, softcap, CAP)
                 b0, b1 = cap(b0 * unit0, scale, softcap, CAP), cap(b1 * unit1, scale, softcap, CAP)
             if edge:
-                start = begin + 16 * i
+                start = tile * T + 16 * i
                 position = start + 2 * g
                 a_seen = (position >= low) & (position < high)
                 b_seen = (position + 1 >= low) & (position + 1 < high)
@@ -428,7 +420,7 @@ def launch(
     requests, query_heads, head_dim = query.shape
     heads, dtype = layout.num_kv_heads, "bf16" if query.dtype == torch.bfloat16 else "fp16"
     key, value = (dtype if codec.scheme == "none" else codec.scheme for codec in (layout.key, layout.value))
-    tile, stages = _ring(key, value, head_dim)
+    tile = _tile(key, value, head_dim)
     _warp_decode_kernel[(splits, heads, requests)](
         query, pages, block_tables, context_lens, partial, stats,
         query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
@@ -436,6 +428,6 @@ def launch(
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
         META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
-        HEADS=heads, DTYPE=dtype, D=head_dim, P=layout.page_size, T=tile, STAGES=stages, STEPS=_STEPS,
+        HEADS=heads, DTYPE=dtype, D=head_dim, P=layout.page_size, T=tile,
         FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
     )  # fmt: skip

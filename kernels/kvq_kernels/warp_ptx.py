@@ -361,29 +361,31 @@ class _Blocks:
         return f"{{\n.shared .align 128 .b8 ring[{size}];\nmov.u32 $0, ring;\n}}"
 
     @staticmethod
-    def copy(key: str, value: str, dim: int, tokens: int) -> str:
-        """Start copying a tile from the page to shared memory: a group of copies, or an empty one.
+    def copy(key: str, value: str, dim: int, step: int) -> str:
+        """Start copying a step of a tile from the page to shared memory: a group of copies, or an empty one.
 
-        Inputs: for keys, values and metadata the 64-bit address to read from and the shared one to write to,
-        both at the lane's first 16 bytes; the lane; and whether to copy. One output, for form's sake.
+        Inputs: for keys, values and numbers the 64-bit address to read from and the shared one to write to,
+        both at the lane's first 16 bytes of the tile; the lane; and whether to copy. One output, for form's
+        sake.
         """
         code = _Code()
         sources, targets, (lane, wanted) = code.operands(1, 3), code.operands(4, 3), code.operands(7, 2)
-        numbers = 2 * tokens * (key_numbers(key) + value_numbers(value))
+        numbers = key_numbers(key) + value_numbers(value)
         regions = (
-            (tokens * key_bytes(key, dim), key_swizzle(key, dim)),
-            (tokens * value_bytes(value, dim), value_swizzle(value, dim)),
-            (numbers, (0, 0, 0)),
+            (16 * key_bytes(key, dim), 16 * key_bytes(key, dim), key_swizzle(key, dim)),
+            (16 * value_bytes(value, dim), 16 * value_bytes(value, dim), value_swizzle(value, dim)),
+            (32 * numbers, 32, (0, 0, 0)),
         )
         everything = code.guard(wanted)
-        for source, target, (size, swizzle) in zip(sources, targets, regions, strict=True):
+        for source, target, (size, stride, swizzle) in zip(sources, targets, regions, strict=True):
             for start in range(0, size, 512):
                 predicate = everything
                 if size - start < 512:
                     predicate = code.new("p")
                     code.add(f"setp.lt.and.s32 {predicate}, {lane}, {(size - start) // 16}, {everything}")
-                to = code.place(target, start, swizzle)
-                code.add(f"@{predicate} cp.async.cg.shared.global [{to}], [{source}+{start}], 16")
+                offset = step * stride + start
+                to = code.place(target, offset, swizzle)
+                code.add(f"@{predicate} cp.async.cg.shared.global [{to}], [{source}+{offset}], 16")
         code.add("cp.async.commit_group")
         code.add("mov.b32 $0, 0")
         return code.text()
@@ -733,8 +735,8 @@ def ring(size: int) -> str:
 
 
 @triton.constexpr_function
-def copy(key: str, value: str, dim: int, tokens: int) -> str:
-    return _Blocks().copy(key, value, dim, tokens)
+def copy(key: str, value: str, dim: int, step: int) -> str:
+    return _Blocks().copy(key, value, dim, step)
 
 
 @triton.constexpr_function
