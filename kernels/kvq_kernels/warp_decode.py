@@ -153,8 +153,14 @@ def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexp
         if SCHEME == "turbo":
             residual_a = _half(loaded[2 * WORDS + 1], 0) * (2.0 / ptx.TURBO_UNIT)
             residual_b = _half(loaded[2 * WORDS + 1], 1) * (2.0 / ptx.TURBO_UNIT)
-            a0, a1 = a0 + r[4].to(tl.float32) * residual_a, a1 + r[5].to(tl.float32) * residual_a
-            b0, b1 = b0 + r[6].to(tl.float32) * residual_b, b1 + r[7].to(tl.float32) * residual_b
+            if ptx.option("A"):
+                s0, s1 = r[4].to(tl.float32, bitcast=True), r[5].to(tl.float32, bitcast=True)
+                s2, s3 = r[6].to(tl.float32, bitcast=True), r[7].to(tl.float32, bitcast=True)
+                a0, a1 = a0 + (s0 - ptx.MAGIC) * residual_a, a1 + (s1 - ptx.MAGIC) * residual_a
+                b0, b1 = b0 + (s2 - ptx.MAGIC) * residual_b, b1 + (s3 - ptx.MAGIC) * residual_b
+            else:
+                a0, a1 = a0 + r[4].to(tl.float32) * residual_a, a1 + r[5].to(tl.float32) * residual_a
+                b0, b1 = b0 + r[6].to(tl.float32) * residual_b, b1 + r[7].to(tl.float32) * residual_b
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
         elif SCHEME == "lm4":
             half0, half1 = all0 * 0.5, all1 * 0.5
@@ -277,7 +283,10 @@ def _warp_decode_kernel(
     q = prepared[0:QUERY]
     unit0 = prepared[QUERY].to(tl.float32, bitcast=True) * _key_unit(KEY)
     unit1 = prepared[QUERY + 1].to(tl.float32, bitcast=True) * _key_unit(KEY)
-    high0, high1 = prepared[QUERY + 2], prepared[QUERY + 3]
+    high0, high1 = prepared[QUERY + 2] * -64, prepared[QUERY + 3] * -64
+    if ptx.option("A"):
+        high0, high1 = high0 + ptx.MAGIC_BITS, high1 + ptx.MAGIC_BITS
+    two = tl.inline_asm_elementwise(ptx.two(), "=&r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
     all0, all1 = prepared[QUERY + 4].to(tl.float32), prepared[QUERY + 5].to(tl.float32)
     power0, power1 = unit0 * (scale * LOG2E), unit1 * (scale * LOG2E)
     if CAP:
@@ -306,7 +315,13 @@ def _warp_decode_kernel(
         for i in tl.static_range(STEPS):
             tl.inline_asm_elementwise(ptx.wait(STEPS - 1), "=r,r", [lane], tl.int32, False, 1)
             keys = _load_keys(parts_at[0], parts_at[2], i, KEY, D, T)
-            a0, a1, b0, b1 = _scores(keys, q, held, high0, high1, all0, all1, KEY, D)
+            if ptx.option("N"):
+                a0, a1 = keys[0].to(tl.float32, bitcast=True), keys[1].to(tl.float32, bitcast=True)
+                b0, b1 = a0, a1
+                for x in tl.static_range(2 * ptx.key_words(KEY, D) + ptx.key_numbers(KEY)):
+                    a0 = a0 + keys[x].to(tl.float32, bitcast=True)
+            else:
+                a0, a1, b0, b1 = _scores(keys, q, held, high0, high1, all0, all1, KEY, D)
             loaded = _load_values(parts_at[1], parts_at[3], i, VALUE, D, T)
             # what is read is filled again at once: the next tile has all of this one's time
             tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
@@ -329,15 +344,20 @@ def _warp_decode_kernel(
                     loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept,)
                 elif V == 4 * W + 2:
                     loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept, loaded[4 * W + 1] & kept)
-            scale_a, bias_a = _value_scale(loaded, 0, VALUE, D)
-            scale_b, bias_b = _value_scale(loaded, 1, VALUE, D)
-            state = tl.inline_asm_elementwise(
-                ptx.weigh(VALUE, D), ptx.constraints("f" * STATE, "f" * 10 + "r" * (4 * W) + "f" * STATE),
-                (a0, a1, b0, b1, power0, power1, scale_a, scale_b, bias_a, bias_b)
-                + loaded[0 : 4 * W]
-                + state,
-                dtype=ptx.types(STATE, tl.float32), is_pure=True, pack=1,
-            )  # fmt: skip
+            if ptx.option("N"):
+                for x in tl.static_range(V):
+                    a0 = a0 + loaded[x].to(tl.float32, bitcast=True)
+                state = state[0:7] + (state[7] + a0,) + state[8:]
+            else:
+                scale_a, bias_a = _value_scale(loaded, 0, VALUE, D)
+                scale_b, bias_b = _value_scale(loaded, 1, VALUE, D)
+                state = tl.inline_asm_elementwise(
+                    ptx.weigh(VALUE, D), ptx.constraints("f" * STATE, "f" * 10 + "r" * (4 * W) + "f" * STATE + "r"),
+                    (a0, a1, b0, b1, power0, power1, scale_a, scale_b, bias_a, bias_b)
+                    + loaded[0 : 4 * W]
+                    + state + (two,),
+                    dtype=ptx.types(STATE, tl.float32), is_pure=True, pack=1,
+                )  # fmt: skip
 
     # m, l and the sums of heads 2t and 2t + 1
     bias0, bias1 = _sum_over_groups(state[4]), _sum_over_groups(state[5])

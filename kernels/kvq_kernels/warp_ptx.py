@@ -57,6 +57,10 @@ SMALLEST_QUERY = 2.0**-100
 LARGE_VALUE = 2048.0
 """Weights times value scales stay below 2^GROWTH times this, which fp16 holds."""
 
+OPTIONS: set = set()
+MAGIC = 12582912.0
+MAGIC_BITS = 0x4B400000
+
 # --- shapes -------------------------------------------------------------------------------------------------
 
 
@@ -305,8 +309,13 @@ class _Code:
             halves = [("0x5410",), ("0x5410", "0x7632")][dim // 128]
             for selector in halves:
                 zipped = self.do("prmt.b32", a[0], b[0], selector)
+                moved = [zipped]
+                for bit in range(7 if "B" in OPTIONS else 0):
+                    moved.append(self.do("mul.lo.u32", moved[-1], self.two))
                 for bit in range(8):
                     shifted = self.do("shl.b32", zipped, str(7 - bit)) if bit < 7 else zipped
+                    if "B" in OPTIONS:
+                        shifted = moved[7 - bit]
                     pairs.append(self.do("lop3.b32", shifted, "0x80808080", "0x00370037", "0xea"))
             return pairs
         if scheme == "int4":
@@ -579,11 +588,22 @@ class _Blocks:
         for output, x, y in zip(outputs, highs, lows, strict=False):
             code.add(f"mad.lo.s32 {output}, {x}, 128, {y}")
         if scheme == "turbo":
-            highs_of_heads = code.operands(count + 2 * words + registers + len(held), 2)
-            starts = [code.do("mul.lo.s32", x, "-64") for x in highs_of_heads]
+            starts = code.operands(count + 2 * words + registers + len(held), 2)
+            residual = query[2 * high :]
+            sums = [code.do("mov.b32", "0") for _ in range(4)]
+            chain = "A" in OPTIONS
+            if chain:
+                for mask, part in (("0x08080808", residual[:words]), ("0x80808080", residual[words:])):
+                    for i in range(0, words, 2):
+                        masked = [code.do("and.b32", w[j], mask) for j in (i, i + 1) for w in (a, b)]
+                        code.mma("s32.u8.s8.s32", sums, masked, part[i : i + 2], sums)
+                    if mask == "0x08080808":
+                        sums = [code.do("mad.lo.s32", x, "16", starts[i % 2]) for i, x in enumerate(sums)]
+                for output, x in zip(outputs[4:], sums, strict=True):
+                    code.add(f"mov.b32 {output}, {x}")
+                return code.text()
             evens = [code.do("mov.b32", "0") for _ in range(4)]
             odds = [code.do("mov.b32", starts[i % 2]) for i in range(4)]
-            residual = query[2 * high :]
             for sums, mask, part in (
                 (evens, "0x08080808", residual[:words]),
                 (odds, "0x80808080", residual[words:]),
@@ -610,6 +630,8 @@ class _Blocks:
         tokens = [code.operands(state + 10 + i * words, words) for i in range(4)]
         for output, value in zip(outputs, code.operands(state + 10 + 4 * words, state), strict=True):
             code.add(f"mov.f32 {output}, {value}")
+        if "B" in OPTIONS:
+            code.two = f"${2 * state + 10 + 4 * words}"
         m, l, bias, value_scale, sums = outputs[0:2], outputs[2:4], outputs[4:6], outputs[6], outputs[7:]
         scaled_values = scheme not in PLAIN
 
@@ -727,6 +749,16 @@ class _Blocks:
         total = code.reduce("add.f32", "$1", (4, 8, 16), "f")
         code.add(f"mov.f32 $0, {total}")
         return code.text()
+
+
+@triton.constexpr_function
+def two() -> str:
+    return "{.reg .b32 a; mov.u32 a, %lanemask_eq; popc.b32 a, a; add.s32 $0, a, 1;}"
+
+
+@triton.constexpr_function
+def option(name: str) -> bool:
+    return name in OPTIONS
 
 
 @triton.constexpr_function
