@@ -18,18 +18,32 @@ from kvq_kernels.layout import PageLayout
 
 _GROUP = 8
 """Query heads of a kv head that the matrix units take at once."""
-_REGISTERS = 128
-"""Of a lane: 16 warps a multiprocessor."""
-_WARPS = 16
 _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
+_MIN_TOKENS_FULL = 512
+"""The same where there are more sequences than half of what runs at a time."""
 _RING_BYTES = 13_312
 """Shared memory of a program: 16 of them fit a multiprocessor's 228 KB, each with 1 KB of the system's."""
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def _tile(key: str, value: str, head_dim: int) -> int:
-    """Tokens that a warp has on their way."""
-    return max(t for t in (32, 64) if t == 32 or ptx.tile_bytes(key, value, head_dim, t) <= _RING_BYTES)
+def _schemes(layout: PageLayout) -> tuple[str, str]:
+    key, value = (
+        _SHORT[layout.dtype] if codec.scheme == "none" else codec.scheme for codec in (layout.key, layout.value)
+    )
+    return key, value
+
+
+def _shape(key: str, value: str, head_dim: int) -> tuple[int, int]:
+    """Tokens that a warp has on their way, and registers of a lane."""
+    tile = 64 if ptx.tile_bytes(key, value, head_dim, 64) <= _RING_BYTES else 32
+    small = head_dim == 64 or (key in ptx.NIBBLE_KEYS and value in ("lm2", "int4"))
+    return tile, 128 if small else 168
+
+
+def _warps(registers: int) -> int:
+    """Of a multiprocessor with 65,536 registers: they come by fours, one for each of its schedulers."""
+    return 65_536 // 32 // registers // 4 * 4
 
 
 @triton.jit
@@ -156,8 +170,8 @@ def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexp
             if ptx.option("A"):
                 s0, s1 = r[4].to(tl.float32, bitcast=True), r[5].to(tl.float32, bitcast=True)
                 s2, s3 = r[6].to(tl.float32, bitcast=True), r[7].to(tl.float32, bitcast=True)
-                a0, a1 = a0 + (s0 - ptx.MAGIC) * residual_a, a1 + (s1 - ptx.MAGIC) * residual_a
-                b0, b1 = b0 + (s2 - ptx.MAGIC) * residual_b, b1 + (s3 - ptx.MAGIC) * residual_b
+                a0, a1 = a0 + (s0 - ptx.AS_BITS) * residual_a, a1 + (s1 - ptx.AS_BITS) * residual_a
+                b0, b1 = b0 + (s2 - ptx.AS_BITS) * residual_b, b1 + (s3 - ptx.AS_BITS) * residual_b
             else:
                 a0, a1 = a0 + r[4].to(tl.float32) * residual_a, a1 + r[5].to(tl.float32) * residual_a
                 b0, b1 = b0 + r[6].to(tl.float32) * residual_b, b1 + r[7].to(tl.float32) * residual_b
@@ -225,11 +239,22 @@ def _sum_over_groups(x):
     )
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles"])
+@triton.jit
+def _tiles(context, window, WINDOW: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, T: tl.constexpr):
+    """The quantized tokens that a query sees: from, to, and the tiles that hold them."""
+    low = context * 0 + SINK
+    if WINDOW:
+        low = tl.maximum(context - window, SINK)
+    high = context - RECENT
+    first = low // T
+    return low, high, first, tl.maximum(tl.cdiv(high, T), first)
+
+
+@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles", "wave"])
 def _warp_decode_kernel(
     query, pages, tables, context_lens, partial, stats,
     query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window,
-    splits, parts, group, min_tiles,
+    splits, parts, group, min_tiles, wave,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
@@ -240,14 +265,23 @@ def _warp_decode_kernel(
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
+    at = query + request * query_stride + (head * group + g) * query_head_stride + t * ptx.query_part(KEY, D)
+    words = tl.inline_asm_elementwise(
+        ptx.load_query(KEY, D), ptx.constraints("r" * (D // 8), "lr"),
+        [at.to(tl.int64), (g < group).to(tl.int32)],
+        dtype=ptx.types(D // 8, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
     context = tl.load(context_lens + request)
-    low = SINK
-    if WINDOW:
-        low = tl.maximum(context - window, SINK)
-    high = context - RECENT
-    first = low // T
-    last = tl.maximum(tl.cdiv(high, T), first)
-    share = tl.maximum(tl.cdiv(last - first, splits), min_tiles)
+    low, high, first, last = _tiles(context, window, WINDOW, SINK, RECENT, T)
+    # parts of a size, over all requests: as many as run at a time
+    total = 0
+    for start in range(0, tl.num_programs(2), 256):
+        index = start + tl.arange(0, 256)
+        lens = tl.load(context_lens + index, mask=index < tl.num_programs(2), other=0)
+        _, _, begin, end = _tiles(lens, window, WINDOW, SINK, RECENT, T)
+        total += tl.sum(end - begin)
+    size = tl.maximum(total * HEADS // wave, min_tiles)
+    share = tl.cdiv(last - first, tl.maximum(tl.minimum(tl.cdiv(last - first, size), splits), 1))
     first = first + part * share
     last = tl.minimum(first + share, last)
     out = (request * HEADS + head) * group
@@ -272,20 +306,17 @@ def _warp_decode_kernel(
     for i in tl.static_range(STEPS):
         _copy(sources, targets, lane >= 0, i, KEY, VALUE, D)
 
-    PART: tl.constexpr = ptx.query_part(KEY, D)
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
-    source = query + request * query_stride + (head * group + g) * query_head_stride + t * PART
     prepared = tl.inline_asm_elementwise(
-        ptx.load_query(KEY, D, ROTATED, DTYPE), ptx.constraints("r" * (QUERY + 6), "lrrr"),
-        [source.to(tl.int64), t, t * 8, (g < group).to(tl.int32)],
-        dtype=ptx.types(QUERY + 6, tl.int32), is_pure=False, pack=1,
+        ptx.prepare_query(KEY, D, ROTATED, DTYPE), ptx.constraints("r" * (QUERY + 6), "r" * (D // 8 + 2)),
+        words + (t, t * 8), dtype=ptx.types(QUERY + 6, tl.int32), is_pure=True, pack=1,
     )  # fmt: skip
     q = prepared[0:QUERY]
     unit0 = prepared[QUERY].to(tl.float32, bitcast=True) * _key_unit(KEY)
     unit1 = prepared[QUERY + 1].to(tl.float32, bitcast=True) * _key_unit(KEY)
     high0, high1 = prepared[QUERY + 2] * -64, prepared[QUERY + 3] * -64
     if ptx.option("A"):
-        high0, high1 = high0 + ptx.MAGIC_BITS, high1 + ptx.MAGIC_BITS
+        high0, high1 = high0 + ptx.AS_BITS_ZERO, high1 + ptx.AS_BITS_ZERO
     two = tl.inline_asm_elementwise(ptx.two(), "=&r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
     all0, all1 = prepared[QUERY + 4].to(tl.float32), prepared[QUERY + 5].to(tl.float32)
     power0, power1 = unit0 * (scale * LOG2E), unit1 * (scale * LOG2E)
@@ -415,9 +446,13 @@ def fits(query: Tensor, layout: PageLayout) -> bool:
 
 
 def num_splits(requests: int, layout: PageLayout, longest: int, multiprocessors: int) -> int:
-    """Programs along the sequence: one wave of warps, no more than there is work for."""
-    wanted = _WARPS * multiprocessors // (requests * layout.num_kv_heads)
-    return max(1, min(wanted, longest // _MIN_TOKENS, 128))
+    """Programs along the sequence, at most: one wave of warps, no more than there is work for.
+
+    Where sequences alone fill the wave, a few all the same, for those that are longer than others.
+    """
+    _, registers = _shape(*_schemes(layout), layout.key_dim)
+    wave = _warps(registers) * multiprocessors // (requests * layout.num_kv_heads)
+    return max(1, min(wave, longest // _MIN_TOKENS, 128), min(4, longest // _MIN_TOKENS_FULL))
 
 
 def launch(
@@ -435,19 +470,24 @@ def launch(
     sink: int,
     recent: int,
     splits: int,
+    multiprocessors: int,
 ) -> None:
     """Parts 0 … splits - 1 of all requests, as `paged_decode` describes partial and stats."""
     requests, query_heads, head_dim = query.shape
-    heads, dtype = layout.num_kv_heads, "bf16" if query.dtype == torch.bfloat16 else "fp16"
-    key, value = (dtype if codec.scheme == "none" else codec.scheme for codec in (layout.key, layout.value))
-    tile = _tile(key, value, head_dim)
+    heads = layout.num_kv_heads
+    key, value = _schemes(layout)
+    tile, registers = _shape(key, value, head_dim)
+    # no sequence has more than one part that is smaller than the others: so they all fit one wave
+    wave = _warps(registers) * multiprocessors - requests * heads + 1
+    least = _MIN_TOKENS if wave > requests * heads else _MIN_TOKENS_FULL
     _warp_decode_kernel[(splits, heads, requests)](
         query, pages, block_tables, context_lens, partial, stats,
         query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
-        splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
+        splits, partial.shape[2], query_heads // heads, max(1, least // tile),
+        max(wave, requests * heads),
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
         META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
-        HEADS=heads, DTYPE=dtype, D=head_dim, P=layout.page_size, T=tile,
-        FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=_REGISTERS,
+        HEADS=heads, DTYPE=_SHORT[layout.dtype], D=head_dim, P=layout.page_size, T=tile,
+        FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=registers,
     )  # fmt: skip

@@ -19,6 +19,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -57,9 +58,9 @@ SMALLEST_QUERY = 2.0**-100
 LARGE_VALUE = 2048.0
 """Weights times value scales stay below 2^GROWTH times this, which fp16 holds."""
 
-OPTIONS: set = set()
-MAGIC = 12582912.0
-MAGIC_BITS = 0x4B400000
+AS_BITS = 1.5 * 2.0**23
+"""Of this plus an integer n below 2^22 in magnitude, the bits as an integer are AS_BITS_ZERO + n."""
+AS_BITS_ZERO = 0x4B400000
 
 # --- shapes -------------------------------------------------------------------------------------------------
 
@@ -160,6 +161,8 @@ _EVEN_ODD = ("0x6420", "0x7531")
 
 class _Code:
     """Lines of one block, with registers by need."""
+
+    options: ClassVar[set] = set()
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -310,11 +313,11 @@ class _Code:
             for selector in halves:
                 zipped = self.do("prmt.b32", a[0], b[0], selector)
                 moved = [zipped]
-                for bit in range(7 if "B" in OPTIONS else 0):
+                for _ in range(7 if "B" in _Code.options else 0):
                     moved.append(self.do("mul.lo.u32", moved[-1], self.two))
                 for bit in range(8):
                     shifted = self.do("shl.b32", zipped, str(7 - bit)) if bit < 7 else zipped
-                    if "B" in OPTIONS:
+                    if "B" in _Code.options:
                         shifted = moved[7 - bit]
                     pairs.append(self.do("lop3.b32", shifted, "0x80808080", "0x00370037", "0xea"))
             return pairs
@@ -363,6 +366,10 @@ class _Blocks:
 
     Methods, because triton lets a `constexpr_function` call its like and classes, but no plain function.
     """
+
+    @staticmethod
+    def option(name: str) -> bool:
+        return name in _Code.options
 
     @staticmethod
     def ring(size: int) -> str:
@@ -451,50 +458,59 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def load_query(scheme: str, dim: int, rotated: bool, dtype: str) -> str:
-        """Query of head g -> the registers of `query_registers`, and of heads 2t, 2t + 1: unit, Σ high, Σ q.
+    def load_query(scheme: str, dim: int) -> str:
+        """The lane's quarter of the query of head g, as it lies: dim / 8 words; zeros where there is no head.
 
-        unit · (128 high + low) is q (for fp8 keys unit · fp16); Σ q is in units of `unit`. Inputs: the
-        head's 64-bit address, t, 8t, and whether the head exists (others are zeros). NaN and infinity make
-        unit NaN. Unquantized keys meet the query as it is.
+        Inputs: the head's 64-bit address at the lane's part, and whether it exists.
+        """
+        code, count = _Code(), dim // 8
+        outputs = code.operands(0, count)
+        pointer, exists = code.operands(count, 2)
+        predicate = code.guard(exists)
+        for chunk in range(count // 4):  # 8 elements, 16 bytes
+            words = outputs[4 * chunk : 4 * chunk + 4]
+            for word in words:
+                code.add(f"mov.b32 {word}, 0")
+            start = chunk * 16  # nibbles: the t-th quarter
+            if scheme in PLAIN:
+                start = chunk * 64
+            elif scheme not in NIBBLE_KEYS:  # the t-th quarter of every 64
+                start = chunk // 2 * 128 + chunk % 2 * 16
+            code.load(words, pointer, start, predicate)
+        return code.text()
+
+    @staticmethod
+    def prepare_query(scheme: str, dim: int, rotated: bool, dtype: str) -> str:
+        """Words of head g -> the registers of `query_registers`, and of heads 2t, 2t + 1: unit, Σ high, Σ q.
+
+        unit · (128 high + low) is q (for fp8 keys unit · fp16); Σ q is in units of `unit`. Inputs: the words,
+        t, and 8t. NaN and infinity make unit NaN. Unquantized keys meet the query as it is.
         """
         code, count = _Code(), dim // 4
         registers, _ = query_registers(scheme, dim)
         outputs = code.operands(0, registers + 6)
-        pointer, t, source, exists = code.operands(registers + 6, 4)
-        predicate = code.guard(exists)
+        words = code.operands(registers + 6, dim // 8)
+        t, source = code.operands(registers + 6 + dim // 8, 2)
         if scheme in PLAIN:
-            for chunk in range(dim // 32):
-                words = outputs[4 * chunk : 4 * chunk + 4]
-                for word in words:
-                    code.add(f"mov.b32 {word}, 0")
-                code.load(words, pointer, chunk * 64, predicate)
-            for output, value in zip(outputs[registers:], ("0x3f800000",) * 2 + ("0",) * 4, strict=True):
+            for output, value in zip(outputs, (*words, *("0x3f800000",) * 2, *("0",) * 4), strict=True):
                 code.add(f"mov.b32 {output}, {value}")
             return code.text()
         x: list[str] = []
-        for chunk in range(count // 8):  # 8 elements, 16 bytes
-            words = [code.do("mov.b32", "0") for _ in range(4)]
-            # nibbles and rotated: the t-th quarter; bytes: the t-th quarter of every 64
-            start = chunk * 8 if scheme in NIBBLE_KEYS else chunk // 2 * 64 + chunk % 2 * 8
-            code.load(words, pointer, start * 2, predicate)
-            for word in words:
-                if dtype == "bf16":
-                    x.append(code.do("shl.b32", word, "16", kind="f"))
-                    x.append(code.do("and.b32", word, "0xffff0000", kind="f"))
-                else:
-                    low, high = code.new("h"), code.new("h")
-                    code.add(f"mov.b32 {{{low}, {high}}}, {word}")
-                    x += [code.do("cvt.f32.f16", half, kind="f") for half in (low, high)]
+        for word in words:
+            if dtype == "bf16":
+                x.append(code.do("shl.b32", word, "16", kind="f"))
+                x.append(code.do("and.b32", word, "0xffff0000", kind="f"))
+            else:
+                low, high = code.new("h"), code.new("h")
+                code.add(f"mov.b32 {{{low}, {high}}}, {word}")
+                x += [code.do("cvt.f32.f16", half, kind="f") for half in (low, high)]
         if rotated:
             x = code.butterflies(x, t)
         largest = code.do("abs.f32", x[0], kind="f")
-        spoiled = code.do("mul.f32", x[0], code.float(0.0), kind="f")
         for value in x[1:]:
-            largest = code.do("max.f32", largest, code.do("abs.f32", value, kind="f"), kind="f")
-            spoiled = code.do("fma.rn.f32", value, code.float(0.0), spoiled, kind="f")
-        largest = code.reduce("max.f32", largest, (1, 2), "f")
-        spoiled = code.reduce("add.f32", spoiled, (1, 2), "f")
+            largest = code.do("max.NaN.f32", largest, code.do("abs.f32", value, kind="f"), kind="f")
+        largest = code.reduce("max.NaN.f32", largest, (1, 2), "f")
+        spoiled = code.do("mul.f32", largest, code.float(0.0), kind="f")
         largest = code.do("max.f32", largest, code.float(SMALLEST_QUERY), kind="f")
         norm = dim**-0.5 if rotated else 1.0
         if scheme == "fp8":
@@ -509,8 +525,8 @@ class _Blocks:
             inverse = code.do("div.full.f32", code.float(127 * 128), largest, kind="f")
             parts: tuple[list[str], list[str]] = ([], [])
             for value in x:
-                number = code.do("cvt.rni.s32.f32", code.do("mul.f32", value, inverse, kind="f"))
-                number = code.do("min.s32", code.do("max.s32", number, "-16256"), "16256")
+                # the bits of AS_BITS + n are n's but for the highest ten, and only low bytes are kept
+                number = code.do("fma.rn.f32", value, inverse, code.float(AS_BITS))
                 high = code.do("shr.s32", code.do("add.s32", number, "64"), "7")
                 parts[0].append(high)
                 parts[1].append(code.do("mad.lo.s32", high, "-128", number))
@@ -591,7 +607,7 @@ class _Blocks:
             starts = code.operands(count + 2 * words + registers + len(held), 2)
             residual = query[2 * high :]
             sums = [code.do("mov.b32", "0") for _ in range(4)]
-            chain = "A" in OPTIONS
+            chain = "A" in _Code.options
             if chain:
                 for mask, part in (("0x08080808", residual[:words]), ("0x80808080", residual[words:])):
                     for i in range(0, words, 2):
@@ -630,7 +646,7 @@ class _Blocks:
         tokens = [code.operands(state + 10 + i * words, words) for i in range(4)]
         for output, value in zip(outputs, code.operands(state + 10 + 4 * words, state), strict=True):
             code.add(f"mov.f32 {output}, {value}")
-        if "B" in OPTIONS:
+        if "B" in _Code.options:
             code.two = f"${2 * state + 10 + 4 * words}"
         m, l, bias, value_scale, sums = outputs[0:2], outputs[2:4], outputs[4:6], outputs[6], outputs[7:]
         scaled_values = scheme not in PLAIN
@@ -758,7 +774,7 @@ def two() -> str:
 
 @triton.constexpr_function
 def option(name: str) -> bool:
-    return name in OPTIONS
+    return _Blocks().option(name)
 
 
 @triton.constexpr_function
@@ -792,8 +808,13 @@ def load_values(scheme: str, dim: int, step: int, tokens: int) -> str:
 
 
 @triton.constexpr_function
-def load_query(scheme: str, dim: int, rotated: bool, dtype: str) -> str:
-    return _Blocks().load_query(scheme, dim, rotated, dtype)
+def load_query(scheme: str, dim: int) -> str:
+    return _Blocks().load_query(scheme, dim)
+
+
+@triton.constexpr_function
+def prepare_query(scheme: str, dim: int, rotated: bool, dtype: str) -> str:
+    return _Blocks().prepare_query(scheme, dim, rotated, dtype)
 
 
 @triton.constexpr_function
