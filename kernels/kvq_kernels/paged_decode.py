@@ -415,7 +415,6 @@ def paged_decode(
         warp_decode.launch(
             query, pages, block_tables, context_lens, layout, partial, stats,
             scale=scale, softcap=softcap, window=window, sink=sink, recent=recent, splits=splits,
-            multiprocessors=_multiprocessors(query.device),
         )  # fmt: skip
         first_part = splits
     if first_part < parts:

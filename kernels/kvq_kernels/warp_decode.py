@@ -20,23 +20,22 @@ _GROUP = 8
 """Query heads of a kv head that the matrix units take at once."""
 _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
-_MIN_TOKENS_FULL = 512
-"""The same where there are more sequences than half of what runs at a time."""
-_RING_BYTES = 13_312
-"""Shared memory of a program: 16 of them fit a multiprocessor's 228 KB, each with 1 KB of the system's."""
+_TILE_BYTES = 8192
+"""Shared memory of a program at most, where a tile of 32 tokens fits: 16 of them on a multiprocessor."""
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def _schemes(layout: PageLayout) -> tuple[str, str]:
     key, value = (
-        _SHORT[layout.dtype] if codec.scheme == "none" else codec.scheme for codec in (layout.key, layout.value)
+        _SHORT[layout.dtype] if codec.scheme == "none" else codec.scheme
+        for codec in (layout.key, layout.value)
     )
     return key, value
 
 
 def _shape(key: str, value: str, head_dim: int) -> tuple[int, int]:
-    """Tokens that a warp has on their way, and registers of a lane."""
-    tile = 64 if ptx.tile_bytes(key, value, head_dim, 64) <= _RING_BYTES else 32
+    """Tokens that a warp has on their way, and registers of a lane, so that nothing is spilled."""
+    tile = 64 if ptx.tile_bytes(key, value, head_dim, 64) <= _TILE_BYTES else 32
     small = head_dim == 64 or (key in ptx.NIBBLE_KEYS and value in ("lm2", "int4"))
     return tile, 128 if small else 168
 
@@ -137,7 +136,7 @@ def _parts(ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.
 
 
 @triton.jit
-def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexpr, D: tl.constexpr):
+def _scores(loaded, query, tables, start0, start1, all0, all1, SCHEME: tl.constexpr, D: tl.constexpr):
     """One step: q·k of tokens a, b and heads 2t, 2t + 1, in the query's unit and the codes'."""
     WORDS: tl.constexpr = ptx.key_words(SCHEME, D)
     QUERY: tl.constexpr = ptx.query_registers(SCHEME, D)[0]
@@ -158,7 +157,7 @@ def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexp
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D),
             ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + EXTRA)),
-            pair + query + (tables + (high0, high1))[0:EXTRA],
+            pair + query + (tables + (start0, start1))[0:EXTRA],
             dtype=ptx.types(COUNT, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
         a0, a1 = r[0].to(tl.float32), r[1].to(tl.float32)
@@ -167,14 +166,10 @@ def _scores(loaded, query, tables, high0, high1, all0, all1, SCHEME: tl.constexp
         if SCHEME == "turbo":
             residual_a = _half(loaded[2 * WORDS + 1], 0) * (2.0 / ptx.TURBO_UNIT)
             residual_b = _half(loaded[2 * WORDS + 1], 1) * (2.0 / ptx.TURBO_UNIT)
-            if ptx.option("A"):
-                s0, s1 = r[4].to(tl.float32, bitcast=True), r[5].to(tl.float32, bitcast=True)
-                s2, s3 = r[6].to(tl.float32, bitcast=True), r[7].to(tl.float32, bitcast=True)
-                a0, a1 = a0 + (s0 - ptx.AS_BITS) * residual_a, a1 + (s1 - ptx.AS_BITS) * residual_a
-                b0, b1 = b0 + (s2 - ptx.AS_BITS) * residual_b, b1 + (s3 - ptx.AS_BITS) * residual_b
-            else:
-                a0, a1 = a0 + r[4].to(tl.float32) * residual_a, a1 + r[5].to(tl.float32) * residual_a
-                b0, b1 = b0 + r[6].to(tl.float32) * residual_b, b1 + r[7].to(tl.float32) * residual_b
+            for i in tl.static_range(4, 8):
+                r = r[0:i] + (r[i].to(tl.float32, bitcast=True) - ptx.AS_BITS,) + r[i + 1 :]
+            a0, a1 = a0 + r[4] * residual_a, a1 + r[5] * residual_a
+            b0, b1 = b0 + r[6] * residual_b, b1 + r[7] * residual_b
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
         elif SCHEME == "lm4":
             half0, half1 = all0 * 0.5, all1 * 0.5
@@ -239,22 +234,11 @@ def _sum_over_groups(x):
     )
 
 
-@triton.jit
-def _tiles(context, window, WINDOW: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, T: tl.constexpr):
-    """The quantized tokens that a query sees: from, to, and the tiles that hold them."""
-    low = context * 0 + SINK
-    if WINDOW:
-        low = tl.maximum(context - window, SINK)
-    high = context - RECENT
-    first = low // T
-    return low, high, first, tl.maximum(tl.cdiv(high, T), first)
-
-
-@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles", "wave"])
+@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles"])
 def _warp_decode_kernel(
     query, pages, tables, context_lens, partial, stats,
     query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window,
-    splits, parts, group, min_tiles, wave,
+    splits, parts, group, min_tiles,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
@@ -272,16 +256,13 @@ def _warp_decode_kernel(
         dtype=ptx.types(D // 8, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
     context = tl.load(context_lens + request)
-    low, high, first, last = _tiles(context, window, WINDOW, SINK, RECENT, T)
-    # parts of a size, over all requests: as many as run at a time
-    total = 0
-    for start in range(0, tl.num_programs(2), 256):
-        index = start + tl.arange(0, 256)
-        lens = tl.load(context_lens + index, mask=index < tl.num_programs(2), other=0)
-        _, _, begin, end = _tiles(lens, window, WINDOW, SINK, RECENT, T)
-        total += tl.sum(end - begin)
-    size = tl.maximum(total * HEADS // wave, min_tiles)
-    share = tl.cdiv(last - first, tl.maximum(tl.minimum(tl.cdiv(last - first, size), splits), 1))
+    low = SINK
+    if WINDOW:
+        low = tl.maximum(context - window, SINK)
+    high = context - RECENT
+    first = low // T
+    last = tl.maximum(tl.cdiv(high, T), first)
+    share = tl.maximum(tl.cdiv(last - first, splits), min_tiles)
     first = first + part * share
     last = tl.minimum(first + share, last)
     out = (request * HEADS + head) * group
@@ -314,10 +295,7 @@ def _warp_decode_kernel(
     q = prepared[0:QUERY]
     unit0 = prepared[QUERY].to(tl.float32, bitcast=True) * _key_unit(KEY)
     unit1 = prepared[QUERY + 1].to(tl.float32, bitcast=True) * _key_unit(KEY)
-    high0, high1 = prepared[QUERY + 2] * -64, prepared[QUERY + 3] * -64
-    if ptx.option("A"):
-        high0, high1 = high0 + ptx.AS_BITS_ZERO, high1 + ptx.AS_BITS_ZERO
-    two = tl.inline_asm_elementwise(ptx.two(), "=&r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
+    start0, start1 = ptx.AS_BITS_ZERO - prepared[QUERY + 2] * 64, ptx.AS_BITS_ZERO - prepared[QUERY + 3] * 64
     all0, all1 = prepared[QUERY + 4].to(tl.float32), prepared[QUERY + 5].to(tl.float32)
     power0, power1 = unit0 * (scale * LOG2E), unit1 * (scale * LOG2E)
     if CAP:
@@ -325,10 +303,11 @@ def _warp_decode_kernel(
 
     held = ()
     TABLES: tl.constexpr = ptx.tables_held(KEY)
-    if TABLES:
+    HELD: tl.constexpr = TABLES + ptx.multiplies(KEY)
+    if HELD:
         held = tl.inline_asm_elementwise(
-            ptx.held_tables(KEY), ptx.constraints("r" * TABLES, "r"), [lane],
-            dtype=ptx.types(TABLES, tl.int32), is_pure=False, pack=1,
+            ptx.held_constants(KEY), ptx.constraints("r" * HELD, "r"), [lane],
+            dtype=ptx.types(HELD, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
 
     STATE: tl.constexpr = ptx.step_state(D)
@@ -346,13 +325,7 @@ def _warp_decode_kernel(
         for i in tl.static_range(STEPS):
             tl.inline_asm_elementwise(ptx.wait(STEPS - 1), "=r,r", [lane], tl.int32, False, 1)
             keys = _load_keys(parts_at[0], parts_at[2], i, KEY, D, T)
-            if ptx.option("N"):
-                a0, a1 = keys[0].to(tl.float32, bitcast=True), keys[1].to(tl.float32, bitcast=True)
-                b0, b1 = a0, a1
-                for x in tl.static_range(2 * ptx.key_words(KEY, D) + ptx.key_numbers(KEY)):
-                    a0 = a0 + keys[x].to(tl.float32, bitcast=True)
-            else:
-                a0, a1, b0, b1 = _scores(keys, q, held, high0, high1, all0, all1, KEY, D)
+            a0, a1, b0, b1 = _scores(keys, q, held[0:TABLES], start0, start1, all0, all1, KEY, D)
             loaded = _load_values(parts_at[1], parts_at[3], i, VALUE, D, T)
             # what is read is filled again at once: the next tile has all of this one's time
             tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
@@ -375,20 +348,17 @@ def _warp_decode_kernel(
                     loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept,)
                 elif V == 4 * W + 2:
                     loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept, loaded[4 * W + 1] & kept)
-            if ptx.option("N"):
-                for x in tl.static_range(V):
-                    a0 = a0 + loaded[x].to(tl.float32, bitcast=True)
-                state = state[0:7] + (state[7] + a0,) + state[8:]
-            else:
-                scale_a, bias_a = _value_scale(loaded, 0, VALUE, D)
-                scale_b, bias_b = _value_scale(loaded, 1, VALUE, D)
-                state = tl.inline_asm_elementwise(
-                    ptx.weigh(VALUE, D), ptx.constraints("f" * STATE, "f" * 10 + "r" * (4 * W) + "f" * STATE + "r"),
-                    (a0, a1, b0, b1, power0, power1, scale_a, scale_b, bias_a, bias_b)
-                    + loaded[0 : 4 * W]
-                    + state + (two,),
-                    dtype=ptx.types(STATE, tl.float32), is_pure=True, pack=1,
-                )  # fmt: skip
+            scale_a, bias_a = _value_scale(loaded, 0, VALUE, D)
+            scale_b, bias_b = _value_scale(loaded, 1, VALUE, D)
+            state = tl.inline_asm_elementwise(
+                ptx.weigh(VALUE, D, HELD > TABLES),
+                ptx.constraints("f" * STATE, "f" * 10 + "r" * (4 * W) + "f" * STATE + "r" * (HELD - TABLES)),
+                (a0, a1, b0, b1, power0, power1, scale_a, scale_b, bias_a, bias_b)
+                + loaded[0 : 4 * W]
+                + state
+                + held[TABLES:],
+                dtype=ptx.types(STATE, tl.float32), is_pure=True, pack=1,
+            )  # fmt: skip
 
     # m, l and the sums of heads 2t and 2t + 1
     bias0, bias1 = _sum_over_groups(state[4]), _sum_over_groups(state[5])
@@ -446,13 +416,10 @@ def fits(query: Tensor, layout: PageLayout) -> bool:
 
 
 def num_splits(requests: int, layout: PageLayout, longest: int, multiprocessors: int) -> int:
-    """Programs along the sequence, at most: one wave of warps, no more than there is work for.
-
-    Where sequences alone fill the wave, a few all the same, for those that are longer than others.
-    """
+    """Programs along the sequence: one wave of warps, no more than there is work for."""
     _, registers = _shape(*_schemes(layout), layout.key_dim)
-    wave = _warps(registers) * multiprocessors // (requests * layout.num_kv_heads)
-    return max(1, min(wave, longest // _MIN_TOKENS, 128), min(4, longest // _MIN_TOKENS_FULL))
+    wanted = _warps(registers) * multiprocessors // (requests * layout.num_kv_heads)
+    return max(1, min(wanted, longest // _MIN_TOKENS, 128))
 
 
 def launch(
@@ -470,21 +437,16 @@ def launch(
     sink: int,
     recent: int,
     splits: int,
-    multiprocessors: int,
 ) -> None:
     """Parts 0 … splits - 1 of all requests, as `paged_decode` describes partial and stats."""
     requests, query_heads, head_dim = query.shape
     heads = layout.num_kv_heads
     key, value = _schemes(layout)
     tile, registers = _shape(key, value, head_dim)
-    # no sequence has more than one part that is smaller than the others: so they all fit one wave
-    wave = _warps(registers) * multiprocessors - requests * heads + 1
-    least = _MIN_TOKENS if wave > requests * heads else _MIN_TOKENS_FULL
     _warp_decode_kernel[(splits, heads, requests)](
         query, pages, block_tables, context_lens, partial, stats,
         query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
-        splits, partial.shape[2], query_heads // heads, max(1, least // tile),
-        max(wave, requests * heads),
+        splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
         META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,

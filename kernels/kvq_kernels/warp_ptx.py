@@ -19,7 +19,6 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -130,8 +129,14 @@ def value_numbers(scheme: str) -> int:
 
 @triton.constexpr_function
 def tables_held(scheme: str) -> int:
-    """Registers of look-up tables, see `held_tables`."""
+    """Registers of look-up tables, see `held_constants`."""
     return {"turbo": 1, "lm4": 2}.get(scheme, 0)
+
+
+@triton.constexpr_function
+def multiplies(scheme: str) -> bool:
+    """Whether 2-bit values are better shifted by multiplication, beside keys of `scheme`."""
+    return scheme == "lm4"
 
 
 @triton.constexpr_function
@@ -161,8 +166,6 @@ _EVEN_ODD = ("0x6420", "0x7531")
 
 class _Code:
     """Lines of one block, with registers by need."""
-
-    options: ClassVar[set] = set()
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -271,7 +274,7 @@ class _Code:
 
     def key_operands(self, scheme: str, words: Sequence[str], held: Sequence[str]) -> list[tuple[str, str]]:
         """A token's words -> what its row brings to the products of 32 dims, one or two to each; `held`: see
-        `held_tables`.
+        `held_constants`.
 
         For lm4 the two add up to the level in units, less one half. Where a selector's highest bit is set,
         `prmt` gives the sign of the byte: a look-up of the levels above zero gives 0 in place of the others,
@@ -305,21 +308,23 @@ class _Code:
         shifted = self.do("and.b32", self.do("shr.u32", x, "1"), "0x3f803f80")
         return self.do("lop3.b32", x, "0x80008000", shifted, "0xea")  # (x & signs) | shifted
 
-    def value_operands(self, scheme: str, dim: int, a: Sequence[str], b: Sequence[str]) -> list[str]:
-        """Words of tokens a and b -> for each of the lane's D/8 dims an fp16 pair (a, b)."""
+    def value_operands(
+        self, scheme: str, dim: int, a: Sequence[str], b: Sequence[str], two: str
+    ) -> list[str]:
+        """Words of tokens a and b -> for each of the lane's D/8 dims an fp16 pair (a, b); `two`: see `weigh`."""
         pairs: list[str] = []
         if scheme == "lm2":
             halves = [("0x5410",), ("0x5410", "0x7632")][dim // 128]
             for selector in halves:
                 zipped = self.do("prmt.b32", a[0], b[0], selector)
-                moved = [zipped]
-                for _ in range(7 if "B" in _Code.options else 0):
-                    moved.append(self.do("mul.lo.u32", moved[-1], self.two))
-                for bit in range(8):
-                    shifted = self.do("shl.b32", zipped, str(7 - bit)) if bit < 7 else zipped
-                    if "B" in _Code.options:
-                        shifted = moved[7 - bit]
-                    pairs.append(self.do("lop3.b32", shifted, "0x80808080", "0x00370037", "0xea"))
+                shifted = [zipped]
+                for bit in range(1, 8):
+                    if two:
+                        shifted.append(self.do("mul.lo.u32", shifted[-1], two))
+                    else:
+                        shifted.append(self.do("shl.b32", zipped, str(bit)))
+                for word in reversed(shifted):
+                    pairs.append(self.do("lop3.b32", word, "0x80808080", "0x00370037", "0xea"))
             return pairs
         if scheme == "int4":
             for x, y in zip(a, b, strict=True):
@@ -366,10 +371,6 @@ class _Blocks:
 
     Methods, because triton lets a `constexpr_function` call its like and classes, but no plain function.
     """
-
-    @staticmethod
-    def option(name: str) -> bool:
-        return name in _Code.options
 
     @staticmethod
     def ring(size: int) -> str:
@@ -567,11 +568,11 @@ class _Blocks:
     @staticmethod
     def scores(scheme: str, dim: int) -> str:
         """One step's scores. Outputs: for tokens a, b and heads 2t, 2t + 1: a0, a1, b0, b1: integers
-        Σ q·code in units of `unit`; for turbo then as many R, ½ Σ q·(residual sign). For fp8 and unquantized
-        keys floats.
+        Σ q·code in units of `unit`; for turbo then the bits of as many AS_BITS + R, R = ½ Σ q·(residual sign).
+        For fp8 and unquantized keys floats.
 
-        Inputs: words of tokens a and b, the query's registers, `held_tables`, and for turbo Σ high of both
-        heads.
+        Inputs: words of tokens a and b, the query's registers, tables of `held_constants`, and for turbo
+        AS_BITS_ZERO - 64 Σ high of both heads.
         """
         code, words = _Code(), key_words(scheme, dim)
         registers, high = query_registers(scheme, dim)
@@ -607,37 +608,24 @@ class _Blocks:
             starts = code.operands(count + 2 * words + registers + len(held), 2)
             residual = query[2 * high :]
             sums = [code.do("mov.b32", "0") for _ in range(4)]
-            chain = "A" in _Code.options
-            if chain:
-                for mask, part in (("0x08080808", residual[:words]), ("0x80808080", residual[words:])):
-                    for i in range(0, words, 2):
-                        masked = [code.do("and.b32", w[j], mask) for j in (i, i + 1) for w in (a, b)]
-                        code.mma("s32.u8.s8.s32", sums, masked, part[i : i + 2], sums)
-                    if mask == "0x08080808":
-                        sums = [code.do("mad.lo.s32", x, "16", starts[i % 2]) for i, x in enumerate(sums)]
-                for output, x in zip(outputs[4:], sums, strict=True):
-                    code.add(f"mov.b32 {output}, {x}")
-                return code.text()
-            evens = [code.do("mov.b32", "0") for _ in range(4)]
-            odds = [code.do("mov.b32", starts[i % 2]) for i in range(4)]
-            for sums, mask, part in (
-                (evens, "0x08080808", residual[:words]),
-                (odds, "0x80808080", residual[words:]),
-            ):
+            for mask, part in (("0x08080808", residual[:words]), ("0x80808080", residual[words:])):
                 for i in range(0, words, 2):
                     masked = [code.do("and.b32", w[j], mask) for j in (i, i + 1) for w in (a, b)]
                     code.mma("s32.u8.s8.s32", sums, masked, part[i : i + 2], sums)
-            for output, even, odd in zip(outputs[4:], evens, odds, strict=True):
-                code.add(f"mad.lo.s32 {output}, {even}, 16, {odd}")
+                if mask == "0x08080808":  # 16 times these, and all that was not added, before the others
+                    sums = [code.do("mad.lo.s32", x, "16", starts[i % 2]) for i, x in enumerate(sums)]
+            for output, x in zip(outputs[4:], sums, strict=True):
+                code.add(f"mov.b32 {output}, {x}")
         return code.text()
 
     @staticmethod
-    def weigh(scheme: str, dim: int) -> str:
+    def weigh(scheme: str, dim: int, multiply: bool) -> str:
         """One step's softmax and values. Outputs and last inputs: the state, as in `step_state`.
 
         Inputs before it: scores a0, a1, b0, b1 (-inf where unseen), what makes those of heads 2t and 2t + 1
         powers of two; value scales of tokens a and b, their biases, and the words of the four tokens the lane
-        weighs: 0, 2, 1, 3 of them. Sums are in units of 1 / (the values' scale).
+        weighs: 0, 2, 1, 3 of them. Sums are in units of 1 / (the values' scale). Where the unit that shifts has
+        more to do than the one that multiplies, a last input is 2, held as `held_constants` says.
         """
         code, words, state = _Code(), value_words(scheme, dim), step_state(dim)
         outputs = code.operands(0, state)
@@ -646,8 +634,7 @@ class _Blocks:
         tokens = [code.operands(state + 10 + i * words, words) for i in range(4)]
         for output, value in zip(outputs, code.operands(state + 10 + 4 * words, state), strict=True):
             code.add(f"mov.f32 {output}, {value}")
-        if "B" in _Code.options:
-            code.two = f"${2 * state + 10 + 4 * words}"
+        two = f"${2 * state + 10 + 4 * words}" if multiply else ""
         m, l, bias, value_scale, sums = outputs[0:2], outputs[2:4], outputs[4:6], outputs[6], outputs[7:]
         scaled_values = scheme not in PLAIN
 
@@ -708,7 +695,7 @@ class _Blocks:
             half = "bf16" if scheme == "bf16" else "f16"
             packed = code.do(f"cvt.rn.{half}x2.f32", weights[1], weights[0])
             columns.append(code.do("movmatrix.sync.aligned.m8n8.trans.b16", packed))
-        first, second = (code.value_operands(scheme, dim, tokens[i], tokens[i + 1]) for i in (0, 2))
+        first, second = (code.value_operands(scheme, dim, tokens[i], tokens[i + 1], two) for i in (0, 2))
         tiles = dim // 16
         kind = "f32.bf16.bf16.f32" if scheme == "bf16" else "f32.f16.f16.f32"
         for i in range(tiles):
@@ -736,17 +723,19 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def held_tables(scheme: str) -> str:
-        """Lower halves of look-up tables, which `prmt` takes from a register alone; the input is unused.
+    def held_constants(scheme: str) -> str:
+        """Lower halves of look-up tables, which `prmt` takes from a register alone, then 2 where keys of
+        `scheme` let values be multiplied; the input is unused.
 
-        ptxas must not know them for constants, or it moves them anew each time: 1, the number of lanes that
-        equal this one, is added on the way.
+        ptxas must not know them for constants, or it moves them anew each time (and shifts): 1, the number of
+        lanes that equal this one, is added on the way.
         """
         code = _Code()
         one = code.do("popc.b32", code.do("mov.u32", "%lanemask_eq"))
-        tables = [TURBO_LEVELS] if scheme == "turbo" else [LM4_LEVELS[:8], LM4_LEVELS[8:]]
-        for i, table in enumerate(tables):
-            code.add(f"add.s32 ${i}, {one}, {int(code.table(table)[0], 16) - 1}")
+        tables = {"turbo": [TURBO_LEVELS], "lm4": [LM4_LEVELS[:8], LM4_LEVELS[8:]]}[scheme]
+        numbers = [int(code.table(table)[0], 16) for table in tables]
+        for i, number in enumerate(numbers + [2] * multiplies(scheme)):
+            code.add(f"add.s32 ${i}, {one}, {number - 1}")
         return code.text()
 
     @staticmethod
@@ -765,16 +754,6 @@ class _Blocks:
         total = code.reduce("add.f32", "$1", (4, 8, 16), "f")
         code.add(f"mov.f32 $0, {total}")
         return code.text()
-
-
-@triton.constexpr_function
-def two() -> str:
-    return "{.reg .b32 a; mov.u32 a, %lanemask_eq; popc.b32 a, a; add.s32 $0, a, 1;}"
-
-
-@triton.constexpr_function
-def option(name: str) -> bool:
-    return _Blocks().option(name)
 
 
 @triton.constexpr_function
@@ -823,8 +802,8 @@ def scores(scheme: str, dim: int) -> str:
 
 
 @triton.constexpr_function
-def weigh(scheme: str, dim: int) -> str:
-    return _Blocks().weigh(scheme, dim)
+def weigh(scheme: str, dim: int, multiply: bool) -> str:
+    return _Blocks().weigh(scheme, dim, multiply)
 
 
 @triton.constexpr_function
@@ -833,8 +812,8 @@ def store_sums(dim: int, apart: bool) -> str:
 
 
 @triton.constexpr_function
-def held_tables(scheme: str) -> str:
-    return _Blocks().held_tables(scheme)
+def held_constants(scheme: str) -> str:
+    return _Blocks().held_constants(scheme)
 
 
 @triton.constexpr_function
