@@ -21,7 +21,7 @@ _GROUP = 8
 _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _TILE_BYTES = 8192
-"""Shared memory of a program at most, where a tile of 32 tokens fits: 16 of them on a multiprocessor."""
+"""Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 

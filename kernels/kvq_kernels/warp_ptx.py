@@ -311,7 +311,7 @@ class _Code:
     def value_operands(
         self, scheme: str, dim: int, a: Sequence[str], b: Sequence[str], two: str
     ) -> list[str]:
-        """Words of tokens a and b -> for each of the lane's D/8 dims an fp16 pair (a, b); `two`: see `weigh`."""
+        """Words of tokens a and b -> for each of the lane's D/8 dims an fp16 pair (a, b); see `weigh`."""
         pairs: list[str] = []
         if scheme == "lm2":
             halves = [("0x5410",), ("0x5410", "0x7632")][dim // 128]
@@ -568,8 +568,8 @@ class _Blocks:
     @staticmethod
     def scores(scheme: str, dim: int) -> str:
         """One step's scores. Outputs: for tokens a, b and heads 2t, 2t + 1: a0, a1, b0, b1: integers
-        Σ q·code in units of `unit`; for turbo then the bits of as many AS_BITS + R, R = ½ Σ q·(residual sign).
-        For fp8 and unquantized keys floats.
+        Σ q·code in units of `unit`; for turbo then the bits of as many AS_BITS + R, where R is ½ Σ q·(sign of
+        the residual). For fp8 and unquantized keys floats.
 
         Inputs: words of tokens a and b, the query's registers, tables of `held_constants`, and for turbo
         AS_BITS_ZERO - 64 Σ high of both heads.
@@ -624,8 +624,9 @@ class _Blocks:
 
         Inputs before it: scores a0, a1, b0, b1 (-inf where unseen), what makes those of heads 2t and 2t + 1
         powers of two; value scales of tokens a and b, their biases, and the words of the four tokens the lane
-        weighs: 0, 2, 1, 3 of them. Sums are in units of 1 / (the values' scale). Where the unit that shifts has
-        more to do than the one that multiplies, a last input is 2, held as `held_constants` says.
+        weighs: 0, 2, 1, 3 of them. Sums are in units of 1 / (the values' scale). To `multiply`, where the unit
+        that shifts has more to do than the one that multiplies, there is a last input: 2, held as
+        `held_constants` says.
         """
         code, words, state = _Code(), value_words(scheme, dim), step_state(dim)
         outputs = code.operands(0, state)

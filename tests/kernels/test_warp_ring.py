@@ -1,4 +1,4 @@
-"""The ring of the warp decode kernel, lane by lane: bytes arrive where they are read, and no bank is met twice."""
+"""The ring of the warp decode kernel, lane by lane: bytes arrive where they are read; banks are met once."""
 
 import re
 
