@@ -624,9 +624,8 @@ class _Blocks:
 
         Inputs before it: scores a0, a1, b0, b1 (-inf where unseen), what makes those of heads 2t and 2t + 1
         powers of two; value scales of tokens a and b, their biases, and the words of the four tokens the lane
-        weighs: 0, 2, 1, 3 of them. Sums are in units of 1 / (the values' scale). To `multiply`, where the unit
-        that shifts has more to do than the one that multiplies, there is a last input: 2, held as
-        `held_constants` says.
+        weighs: 0, 2, 1, 3 of them. Sums are in units of 1 / (the values' scale). To `multiply` instead of
+        shifting, where the unit that shifts has more to do, there is a last input: 2, from `held_constants`.
         """
         code, words, state = _Code(), value_words(scheme, dim), step_state(dim)
         outputs = code.operands(0, state)
