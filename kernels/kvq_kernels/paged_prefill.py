@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvq_kernels import history_gluon
 from kvq_kernels.bits import decode_table, signs_of_hadamard, walsh
 from kvq_kernels.codebook import qjl_projection, qjl_scale
 from kvq_kernels.hadamard import hadamard
@@ -611,35 +612,48 @@ def paged_prefill(
             key_per = value_per = 2
             back = matrix
             geometry = _portable_geometry(layout, rows, device)
-        geometry = _geometries[0] or geometry
-        grid, options = cut(geometry)
-        # Of a graph's programs those that find a chunk count: chunks are as long as all tokens at most.
-        programs = triton.cdiv(tokens, max(1, geometry.rows // padded)) * layout.num_kv_heads
-        splits = _num_splits(programs, min(max_history, window or max_history) // geometry.tokens, device)
-        grid = (grid[0], grid[1], chunks * splits)
-        earlier = torch.empty(splits, tokens, query_heads, value_dim, dtype=torch.float32, device=device)
-        signs = torch.empty_like(earlier) if layout.value.scheme == "qjl" else earlier
-        logs = torch.empty(splits, tokens, query_heads, dtype=torch.float32, device=device)
-        scratch = torch.empty(tokens, query_heads, key_dim, dtype=torch.float16, device=device)
-        _history_kernel[grid](
-            query, pages, block_tables, cu_chunk_lens, history_lens, matrix, matrix2, back,
-            decode_table(layout.key.scheme, query.dtype, device),
-            decode_table(layout.value.scheme, query.dtype, device),
-            query if bias is None else bias.weights(query), query if bias is None else bias.table,
-            scratch, earlier, signs, logs,
-            query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
-            splits, tokens * query_heads,
-            FAST=fast, BIAS=bias is not None, KEY=layout.key.scheme, VALUE=layout.value.scheme,
-            KEY_ROTATED=layout.key.rotated, VALUE_ROTATED=layout.value.rotated,
-            KEY_PER=key_per, VALUE_PER=value_per, KEY_META=layout.key.num_meta,
-            VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
-            BLOCK_BYTES=layout.block_bytes, P=layout.page_size, SPLIT_TILES=_SPLIT_TILES, **common, **options,
-        )  # fmt: skip
-        if layout.value.scheme == "qjl":
-            projection = qjl_projection(value_dim, torch.float32, device)
-            earlier = hadamard(earlier + signs @ (projection * qjl_scale(value_dim)))
-        elif layout.value.rotated and value_dim & (value_dim - 1):
-            earlier = hadamard(earlier)
+        chosen = _geometries[0]
+        bare = not (window or softcap or common["SINK"] or common["RECENT"])
+        warps_specialize = (
+            fast and bare and generation(device) == 9 and history_gluon.serves(layout, padded * max_chunk)
+        )
+        if isinstance(chosen, history_gluon.Resources) or (warps_specialize and chosen is None):
+            earlier, logs = history_gluon.attend_history(
+                query, pages, block_tables, cu_chunk_lens, history_lens, layout, matrix, back,
+                max_chunk=max_chunk, max_history=max_history, scale=scale,
+                processors=_multiprocessors(device), resources=chosen,
+            )  # fmt: skip
+            splits = len(logs)
+        else:
+            geometry = chosen or geometry
+            grid, options = cut(geometry)
+            # Of a graph's programs those that find a chunk count: chunks are as long as all tokens at most.
+            programs = triton.cdiv(tokens, max(1, geometry.rows // padded)) * layout.num_kv_heads
+            splits = _num_splits(programs, min(max_history, window or max_history) // geometry.tokens, device)
+            grid = (grid[0], grid[1], chunks * splits)
+            earlier = torch.empty(splits, tokens, query_heads, value_dim, dtype=torch.float32, device=device)
+            signs = torch.empty_like(earlier) if layout.value.scheme == "qjl" else earlier
+            logs = torch.empty(splits, tokens, query_heads, dtype=torch.float32, device=device)
+            scratch = torch.empty(tokens, query_heads, key_dim, dtype=torch.float16, device=device)
+            _history_kernel[grid](
+                query, pages, block_tables, cu_chunk_lens, history_lens, matrix, matrix2, back,
+                decode_table(layout.key.scheme, query.dtype, device),
+                decode_table(layout.value.scheme, query.dtype, device),
+                query if bias is None else bias.weights(query), query if bias is None else bias.table,
+                scratch, earlier, signs, logs,
+                query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
+                splits, tokens * query_heads,
+                FAST=fast, BIAS=bias is not None, KEY=layout.key.scheme, VALUE=layout.value.scheme,
+                KEY_ROTATED=layout.key.rotated, VALUE_ROTATED=layout.value.rotated,
+                KEY_PER=key_per, VALUE_PER=value_per, KEY_META=layout.key.num_meta,
+                VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
+                BLOCK_BYTES=layout.block_bytes, P=layout.page_size, SPLIT_TILES=_SPLIT_TILES, **common, **options,
+            )  # fmt: skip
+            if layout.value.scheme == "qjl":
+                projection = qjl_projection(value_dim, torch.float32, device)
+                earlier = hadamard(earlier + signs @ (projection * qjl_scale(value_dim)))
+            elif layout.value.rotated and value_dim & (value_dim - 1):
+                earlier = hadamard(earlier)
     grid, options = cut(_geometries[1] or _geometry(_PLAIN, layout, rows, device))
     _fresh_kernel[grid](
         query, key, value, out, cu_chunk_lens, history_lens, earlier, logs, out if sinks is None else sinks,
