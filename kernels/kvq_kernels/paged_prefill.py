@@ -4,8 +4,9 @@ Earlier tokens come first, by a launch of their own, because they live in the ro
 each query their weighted mean, rotated back, and the logarithm of their weights' sum; the launch over the
 fresh tokens continues from there. Rows of a tile are (token, query head of the group).
 
-On sm_80 and later, codes are unpacked to fp16 by `unpack.py`; `bits.py` serves older GPUs, float32, head dims
-that are no power of two, lm3 and qjl.
+On sm_80 and later, codes are unpacked to fp16 by `unpack.py`, and on Hopper `history_gluon.py` has some warps
+do that while others multiply, where every query sees the whole history. `bits.py` serves older GPUs, float32,
+head dims that are no power of two, lm3 and qjl.
 """
 
 from functools import lru_cache
@@ -555,7 +556,7 @@ def paged_prefill(
     rings: Tensor | None = None,
     bias: KeyBias | None = None,
     out: Tensor | None = None,
-    _geometries: tuple[Geometry | None, Geometry | None] = (None, None),
+    _geometries: tuple[Geometry | history_gluon.Resources | None, Geometry | None] = (None, None),
 ) -> Tensor:
     """See `reference.paged_prefill`; one launch without history, two with it.
 
@@ -612,12 +613,11 @@ def paged_prefill(
             key_per = value_per = 2
             back = matrix
             geometry = _portable_geometry(layout, rows, device)
-        chosen = _geometries[0]
-        bare = not (window or softcap or common["SINK"] or common["RECENT"])
-        warps_specialize = (
-            fast and bare and generation(device) == 9 and history_gluon.serves(layout, padded * max_chunk)
-        )
-        if isinstance(chosen, history_gluon.Resources) or (warps_specialize and chosen is None):
+        bounded = window or softcap or raw is not None
+        specialized = fast and not bounded and generation(device) == 9
+        specialized = specialized and history_gluon.serves(layout, padded, max_chunk)
+        chosen = _geometries[0] or (history_gluon.resources_of(layout) if specialized else geometry)
+        if isinstance(chosen, history_gluon.Resources):
             earlier, logs = history_gluon.attend_history(
                 query, pages, block_tables, cu_chunk_lens, history_lens, layout, matrix, back,
                 max_chunk=max_chunk, max_history=max_history, scale=scale,
@@ -625,7 +625,7 @@ def paged_prefill(
             )  # fmt: skip
             splits = len(logs)
         else:
-            geometry = chosen or geometry
+            geometry = chosen
             grid, options = cut(geometry)
             # Of a graph's programs those that find a chunk count: chunks are as long as all tokens at most.
             programs = triton.cdiv(tokens, max(1, geometry.rows // padded)) * layout.num_kv_heads
@@ -641,13 +641,14 @@ def paged_prefill(
                 decode_table(layout.value.scheme, query.dtype, device),
                 query if bias is None else bias.weights(query), query if bias is None else bias.table,
                 scratch, earlier, signs, logs,
-                query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
-                splits, tokens * query_heads,
+                query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0),
+                scale, softcap, window, splits, tokens * query_heads,
                 FAST=fast, BIAS=bias is not None, KEY=layout.key.scheme, VALUE=layout.value.scheme,
                 KEY_ROTATED=layout.key.rotated, VALUE_ROTATED=layout.value.rotated,
                 KEY_PER=key_per, VALUE_PER=value_per, KEY_META=layout.key.num_meta,
                 VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset,
-                BLOCK_BYTES=layout.block_bytes, P=layout.page_size, SPLIT_TILES=_SPLIT_TILES, **common, **options,
+                BLOCK_BYTES=layout.block_bytes, P=layout.page_size, SPLIT_TILES=_SPLIT_TILES,
+                **common, **options,
             )  # fmt: skip
             if layout.value.scheme == "qjl":
                 projection = qjl_projection(value_dim, torch.float32, device)

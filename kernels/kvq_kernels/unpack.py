@@ -61,14 +61,8 @@ def _pair(x: float) -> int:
     return _half(x) * 0x10001
 
 
-def _asm(*lines: str) -> tl.constexpr:
-    return tl.constexpr(
-        "{\n.reg .b32 i, s, l, h, t, u, x, y, p<4>;\n" + "".join(f"{x};\n" for x in lines) + "}"
-    )
-
-
-def _constraints(outputs: int, inputs: int) -> tl.constexpr:
-    return tl.constexpr(",".join(["=&r"] * outputs + ["r"] * inputs))
+def _asm(*lines: str) -> str:
+    return "{\n.reg .b32 i, s, l, h, t, u, x, y, p<4>;\n" + "".join(f"{x};\n" for x in lines) + "}"
 
 
 def _look_up(levels: tuple[float, ...]) -> list[str]:
@@ -94,7 +88,7 @@ def _look_up(levels: tuple[float, ...]) -> list[str]:
     return lines
 
 
-def _turbo() -> tl.constexpr:
+def _turbo() -> str:
     """$4 codes, $5 n, $6 -n · s -> n · (level ± s): the sign bits flip -n · s."""
     lines = ["and.b32 i, $4, 0x77777777", *_look_up(LEVELS[3])]
     for j in range(4):
@@ -106,7 +100,7 @@ def _turbo() -> tl.constexpr:
     return _asm(*lines)
 
 
-def _lm4() -> tl.constexpr:
+def _lm4() -> str:
     """$4 codes, $5 -n -> n · level: codes below 8 are mirrored, the high bit is the sign."""
     lines = [
         f"lop3.b32 t, $4, 0x88888888, 0, {_NOT_AND}",
@@ -124,7 +118,7 @@ def _lm4() -> tl.constexpr:
     return _asm(*lines)
 
 
-def _lm2() -> tl.constexpr:
+def _lm2() -> str:
     """$8 planes, $9 n · (large - small), $10 n · small -> ±n · small or large."""
     lines = [f"mov.b32 x, {_pair(1 / 128)}", f"mov.b32 y, {_pair(-8)}"]
     for j in range(8):
@@ -138,7 +132,7 @@ def _lm2() -> tl.constexpr:
     return _asm(*lines)
 
 
-def _int8() -> tl.constexpr:
+def _int8() -> str:
     """$2 codes, $3 scale, $4 minimum -> code · scale + minimum, rounded once."""
     lines = [f"mov.b32 x, {_pair(-1024)}"]
     for j, selector in enumerate(("0x4240", "0x4341")):
@@ -150,7 +144,7 @@ def _int8() -> tl.constexpr:
     return _asm(*lines)
 
 
-def _int4() -> tl.constexpr:
+def _int4() -> str:
     """$4 codes, $5 scale, $6 minimum -> code · scale + minimum, rounded once."""
     lines = [
         "shr.u32 s, $4, 8",
@@ -167,7 +161,7 @@ def _int4() -> tl.constexpr:
     return _asm(*lines)
 
 
-def _fp8() -> tl.constexpr:
+def _fp8() -> str:
     """$2 codes, $3 256 · scale -> e4m3 · scale: its bits, moved to where fp16 has them, are a 256th."""
     lines = [
         "shl.b32 t, $2, 7",
@@ -183,10 +177,41 @@ def _fp8() -> tl.constexpr:
     return _asm(*lines)
 
 
-_TURBO, _LM4, _LM2, _INT8, _INT4, _FP8 = _turbo(), _lm4(), _lm2(), _int8(), _int4(), _fp8()
-_4_FROM_2, _4_FROM_3 = _constraints(4, 2), _constraints(4, 3)
-_2_FROM_2, _2_FROM_3, _8_FROM_3 = _constraints(2, 2), _constraints(2, 3), _constraints(8, 3)
+_ASSEMBLY = {
+    "turbo": (_turbo(), 4, 2), "lm4": (_lm4(), 4, 1), "lm2": (_lm2(), 8, 2),
+    "int8": (_int8(), 2, 2), "int4": (_int4(), 4, 2), "fp8": (_fp8(), 2, 1),
+}  # fmt: skip
+"""scheme -> instructions, registers that they fill, numbers of the vector that they need beside the codes."""
+
+
+@triton.constexpr_function
+def assembly(scheme: str) -> str:
+    return _ASSEMBLY[scheme][0]
+
+
+@triton.constexpr_function
+def registers(scheme: str) -> int:
+    """Of two fp16 numbers each, that a word becomes."""
+    return _ASSEMBLY[scheme][1]
+
+
+@triton.constexpr_function
+def numbers(scheme: str) -> int:
+    return _ASSEMBLY[scheme][2]
+
+
+@triton.constexpr_function
+def _constraints(scheme: str) -> str:
+    return ",".join(["=&r"] * registers(scheme) + ["r"] * (1 + numbers(scheme)))
+
+
+@triton.constexpr_function
+def _types(scheme: str) -> tuple:
+    return (tl.int32,) * registers(scheme)
+
+
 _SMALL, _LARGE = tl.constexpr(LEVELS[2][2]), tl.constexpr(LEVELS[2][3])
+_ALL = tl.constexpr(tl.PropagateNan.ALL)
 _LARGEST_NORM = tl.constexpr(20000.0)
 """Norms are clamped to it: times the largest level they stay finite in fp16. No model's vectors get there."""
 _LARGEST_SCALE = tl.constexpr(37000.0 / 256)
@@ -199,17 +224,54 @@ _LARGEST_SUM = tl.constexpr(65000.0)
 
 
 @triton.jit
-def _doubled(x, W: tl.constexpr):
-    """x [N] float32 -> [N, W]: twice as fp16 in a register."""
-    N: tl.constexpr = x.shape[0]
-    bits = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
-    return tl.broadcast_to(bits[:, None], (N, W))
+def unpacked(word, first, second, SCHEME: tl.constexpr):
+    """Words [N, W] and their vectors' metadata [N], see `load_meta` -> fp16 [N, D] in `unpacked_order`.
 
-
-@triton.jit
-def _clamped(x, largest):
-    """min(x, largest), but NaN stays NaN."""
-    return tl.minimum(x, largest, propagate_nan=tl.PropagateNan.ALL)
+    Calls no other kernel function, so that Gluon can compile it as well. Clamped NaN stays NaN.
+    """
+    N: tl.constexpr = word.shape[0]
+    W: tl.constexpr = word.shape[1]
+    COUNT: tl.constexpr = registers(SCHEME)
+    first = first.to(tl.float32)
+    second = second.to(tl.float32)
+    if SCHEME == "fp8":
+        x = tl.minimum(first, _LARGEST_SCALE, propagate_nan=_ALL) * 256.0
+    elif SCHEME == "int8" or SCHEME == "int4":
+        CODES: tl.constexpr = 255.0 if SCHEME == "int8" else 15.0
+        x = tl.minimum(first, (_LARGEST_SUM - second) * (1 / CODES), propagate_nan=_ALL)
+        y = second
+    else:
+        x = tl.minimum(first, _LARGEST_NORM, propagate_nan=_ALL)
+        if SCHEME == "turbo":
+            y = -x * second
+        elif SCHEME == "lm4":
+            x = -x
+        else:
+            tl.static_assert(SCHEME == "lm2")
+            y = x * _SMALL
+            x = x * (_LARGE - _SMALL)
+    # each number twice in a register
+    x = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+    x = tl.broadcast_to(x[:, None], (N, W))
+    if numbers(SCHEME) == 2:
+        y = (y.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+        operands = [word, x, tl.broadcast_to(y[:, None], (N, W))]
+    else:
+        operands = [word, x]
+    r = tl.inline_asm_elementwise(
+        assembly(SCHEME), _constraints(SCHEME), operands, _types(SCHEME), True, 1
+    )  # fmt: skip
+    if COUNT == 2:
+        pairs = tl.join(r[0], r[1])
+    elif COUNT == 4:
+        pairs = tl.join(tl.join(r[0], r[2]), tl.join(r[1], r[3]))
+    else:
+        even = tl.join(tl.join(r[0], r[4]), tl.join(r[2], r[6]))
+        odd = tl.join(tl.join(r[1], r[5]), tl.join(r[3], r[7]))
+        pairs = tl.join(even, odd)
+    low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.reshape(tl.join(low, high), (N, W * COUNT * 2))
 
 
 @triton.jit
@@ -244,59 +306,9 @@ def unpack_tile(
         pointer = codes.to(tl.pointer_type(DTYPE), bitcast=True) + row[:, None] * D + d[None, :]
         tile = tl.load(pointer, mask=valid[:, None], other=0.0) if MASKED else tl.load(pointer)
     else:
-        N: tl.constexpr = row.shape[0]
         W: tl.constexpr = D // PER
         i = tl.arange(0, W)
         # codes of invalid rows need no mask: whatever they are, their metadata is zero
         word = tl.load(codes.to(tl.pointer_type(tl.int32), bitcast=True) + row[:, None] * W + i[None, :])
-        first = first.to(tl.float32)
-        second = second.to(tl.float32)
-        if SCHEME == "turbo":
-            n = _clamped(first, _LARGEST_NORM)
-            a, b, c, d = tl.inline_asm_elementwise(
-                _TURBO, _4_FROM_3, [word, _doubled(n, W), _doubled(-n * second, W)],
-                (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
-            )  # fmt: skip
-            pairs = tl.join(tl.join(a, c), tl.join(b, d))
-        elif SCHEME == "lm4":
-            a, b, c, d = tl.inline_asm_elementwise(
-                _LM4, _4_FROM_2, [word, _doubled(-_clamped(first, _LARGEST_NORM), W)],
-                (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
-            )  # fmt: skip
-            pairs = tl.join(tl.join(a, c), tl.join(b, d))
-        elif SCHEME == "int4":
-            scale = _clamped(first, (second - _LARGEST_SUM) * (-1 / 15))
-            a, b, c, d = tl.inline_asm_elementwise(
-                _INT4, _4_FROM_3,
-                [word, _doubled(scale, W), _doubled(second, W)],
-                (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
-            )  # fmt: skip
-            pairs = tl.join(tl.join(a, c), tl.join(b, d))
-        elif SCHEME == "int8":
-            scale = _clamped(first, (second - _LARGEST_SUM) * (-1 / 255))
-            a, b = tl.inline_asm_elementwise(
-                _INT8, _2_FROM_3,
-                [word, _doubled(scale, W), _doubled(second, W)],
-                (tl.int32, tl.int32), True, 1,
-            )  # fmt: skip
-            pairs = tl.join(a, b)
-        elif SCHEME == "fp8":
-            a, b = tl.inline_asm_elementwise(
-                _FP8, _2_FROM_2, [word, _doubled(_clamped(first, _LARGEST_SCALE) * 256.0, W)],
-                (tl.int32, tl.int32), True, 1,
-            )  # fmt: skip
-            pairs = tl.join(a, b)
-        else:
-            tl.static_assert(SCHEME == "lm2")
-            n = _clamped(first, _LARGEST_NORM)
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                _LM2, _8_FROM_3, [word, _doubled(n * (_LARGE - _SMALL), W), _doubled(n * _SMALL, W)],
-                (tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
-            )  # fmt: skip
-            even = tl.join(tl.join(a, e), tl.join(c, g))
-            odd = tl.join(tl.join(b, f), tl.join(d, h))
-            pairs = tl.join(even, odd)
-        low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
-        high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-        tile = tl.reshape(tl.join(low, high), (N, D))
+        tile = unpacked(word, first, second, SCHEME)
     return tile

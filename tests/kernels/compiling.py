@@ -14,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
 """KiB of shared memory one program may have."""
@@ -37,7 +38,8 @@ class Launch:
     options: dict[str, int]
 
     def compile(self, capability: int):
-        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = kind(self.kernel, self.signature, self.constants, self.attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("a process that interprets kernels can't compile them", allow_module_level=True)
 
-from kvq_kernels import paged_decode, paged_prefill, quantize_store, reference, warp_decode
+from kvq_kernels import history_gluon, paged_decode, paged_prefill, quantize_store, reference, warp_decode
 from tests.kernels.compiling import SHARED_LIMIT, recording, resources
 
 FULL = {"window": 100, "softcap": 5.0, "sinks": True, "sink": 4, "recent": 20}
@@ -24,6 +24,7 @@ CASES = {
     "none-D128": (Case("none", "none", key_dim=128, value_dim=128, **FULL), (75, 90)),
     "fp8-D64": (Case("fp8", "fp8", **FULL), (75, 86, 90)),
     "turbo-raw-D64": (Case("turbo", "lm2", **FULL), (86, 90)),
+    "mixed-D64": (Case("int4", "fp8"), (90,)),
     "lm-D256": (Case("lm3", "lm4", key_dim=256, value_dim=256), (80, 90)),
     "padded-D96x80": (Case("int4", "fp8", key_dim=96, value_dim=80), (75, 90)),
     "rotated-D96": (Case("turbo", "lm2", key_dim=96, value_dim=96), (75, 80, 86, 89, 90)),
@@ -34,7 +35,8 @@ CASES = {
 }
 BIASED = {"biased-D128": (Case("turbo", "lm2", key_dim=128, value_dim=128), (75, 80, 90))}
 CASES |= BIASED
-WARP_CASES = ("turbo-D128", "lm4-D128", "int-D128", "none-D128", "fp8-D64", "turbo-raw-D64")
+SPECIALIZED_CASES = ("turbo-D128", "lm4-D128", "int-D128", "mixed-D64")
+WARP_CASES = ("turbo-D128", "lm4-D128", "int-D128", "none-D128", "fp8-D64", "turbo-raw-D64", "mixed-D64")
 
 
 def fits(dtype: torch.dtype, device: torch.device, *, capability: int) -> bool:
@@ -62,7 +64,7 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
     )
     problem = build(case, reference.store, reference.store_raw)
     chunked = build(replace(case, chunks=(40,)), reference.store, reference.store_raw)
-    with recording(quantize_store, paged_decode, paged_prefill, warp_decode) as launches:
+    with recording(quantize_store, paged_decode, paged_prefill, history_gluon, warp_decode) as launches:
         for tokens in (1, 200) if "raw" in name else (200,):
             slots = problem.slots[:tokens]
             quantize_store.store(
@@ -78,15 +80,17 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(warp_decode, "has_products", lambda device: capability >= 80)
         decode(problem, paged_decode.paged_decode, splits=4, **biased)
         prefill(chunked, paged_prefill.paged_prefill, **biased)
+    specialized = name in SPECIALIZED_CASES and capability == 90
+    history = "_history_gluon_kernel" if specialized else "_history_kernel"
     assert {launch.name for launch in launches} >= {
-        "_store_kernel", "_decode_kernel", "_merge_kernel", "_history_kernel", "_fresh_kernel",
+        "_store_kernel", "_decode_kernel", "_merge_kernel", history, "_fresh_kernel",
     }  # fmt: skip
     assert (name in WARP_CASES and capability >= 80) == any(x.name == "_warp_decode_kernel" for x in launches)
     for launch in launches:
         compiled = launch.compile(capability)
         assert compiled.metadata.shared <= SHARED_LIMIT[capability] * 1024, launch.name
-        if launch.name == "_history_kernel" and capability == 90 and name in ("turbo-D128", "int-D128"):
-            assert "wgmma" in compiled.asm["ptx"] and "fma.rn.f16x2" in compiled.asm["ptx"]
+        if launch.name == history and specialized:
+            assert all(x in compiled.asm["ptx"] for x in ("wgmma", "setmaxnreg", "f16x2"))
         used = resources(compiled.asm["cubin"])
         fast = capability >= 80 and dtype != torch.float32 and name in ("turbo-D128", "int-D128", "none-D128")
         kernels = ("_store_kernel", "_decode_kernel", "_merge_kernel")

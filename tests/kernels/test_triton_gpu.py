@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kvq_core.codecs import get_codec
 from kvq_core.policies import CODEC_NAMES
@@ -23,6 +24,7 @@ CONTEXTS = (1, 63, 64, 65, 1000, 0, 500)
 FEATURES = {
     "plain": {},
     "window": {"window": 50},
+    "recent": {"sink": 4, "recent": 20},
     "all": {"window": 200, "softcap": 3.0, "sinks": True, "sink": 4, "recent": 20},
 }
 WIDE = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
@@ -71,6 +73,50 @@ def test_decode(codecs: str, head_dim: int, group: int, feature: str) -> None:
 def test_prefill(codecs: str, head_dim: int, group: int, feature: str) -> None:
     chunks = (1, 30, 64, 100, 17, 40, 3)
     run(case_of(codecs, head_dim, group, feature, WIDE, contexts=CONTEXTS, chunks=chunks))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("codecs", ["turbo:lm2", "int8:int8"])
+def test_prefill_in_parts(codecs: str, feature: str) -> None:
+    """A long history, read by several programs for the same queries."""
+    run(case_of(codecs, 128, 8, feature, WIDE, contexts=(5000, 700, 0), chunks=(33, 2, 20)))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_prefill_in_a_graph_follows_the_chunks(feature: str) -> None:
+    """Captured with room for more chunks and longer ones than there are; tokens of no chunk stay alone."""
+    case = case_of("turbo:lm2", 128, 8, feature, WIDE, contexts=(200, 900), chunks=(40, 25))
+    problem = build(case, dispatch.store, dispatch.store_raw)
+    tokens, room = 100, 6
+    query = torch.full((tokens, *problem.query.shape[1:]), torch.nan, dtype=WIDE, device="cuda")
+    fresh = [(k[n:], v[n:]) for k, v, n in zip(problem.keys, problem.values, case.contexts, strict=True)]
+    key, value = (torch.cat([pair[i] for pair in fresh]) for i in range(2))
+    key, value = (F.pad(x, (0, 0, 0, 0, 3, tokens - 3 - len(x))) for x in (key, value))
+    query[3:68] = problem.query
+    bounds = torch.tensor([3, 43] + [68] * (room - 1), dtype=torch.int32, device="cuda")
+    histories = torch.zeros(room, dtype=torch.int32, device="cuda")
+    tables = F.pad(problem.tables, (0, 0, 0, room - 2))
+    options = problem.options
+    if options["rings"] is not None:
+        options["rings"] = F.pad(options["rings"], (0, room - 2))
+    out = torch.full_like(query, 7.0)
+
+    def step() -> None:
+        dispatch.paged_prefill(
+            query, key, value, problem.pages, tables, bounds, histories, problem.layout,
+            max_chunk=tokens, max_history=5000, out=out, **options,
+        )  # fmt: skip
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    histories[:2] = torch.tensor(case.contexts)
+    poison()
+    graph.replay()
+    torch.cuda.synchronize()
+    check(out[3:68], problem)
+    assert (out[:3] == 7).all() and (out[68:] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

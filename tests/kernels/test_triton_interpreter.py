@@ -36,12 +36,13 @@ if not INSIDE:
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 else:
+    import triton
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
     from kvq_core.codecs import get_codec
     from kvq_core.policies import CODEC_NAMES
-    from kvq_kernels import paged_decode, paged_prefill, quantize_store, reference
+    from kvq_kernels import history_gluon, paged_decode, paged_prefill, quantize_store, reference
     from kvq_kernels.bits import encode_table
     from kvq_kernels.layout import EncoderOptions, PageLayout, RawWindow
 
@@ -109,7 +110,7 @@ else:
     def run_assembly(assembly, constraints, operands, dtype, is_pure, pack):
         words = [x.handle.data.astype(np.int32).view(np.uint32) for x in operands]
         shape = [int(n) for n in operands[0].shape]
-        results = (TensorHandle(x.view(np.int32), tl.int32) for x in ptx.run(assembly.value, *words))
+        results = (TensorHandle(x.view(np.int32), tl.int32) for x in ptx.run(assembly, *words))
         return tuple(tl.tensor(x, tl.block_type(tl.int32, shape)) for x in results)
 
     @pytest.mark.parametrize("axes", DECODE, ids=label)
@@ -131,6 +132,23 @@ else:
         monkeypatch.setattr(paged_prefill, "_num_splits", lambda programs, tiles, device: splits)
         problem = build(case_of(axes), reference.store, reference.store_raw)
         check(prefill(problem, paged_prefill.paged_prefill), problem)
+
+    @triton.jit
+    def find_block_kernel(found, cu_chunk_lens, chunks, BT: tl.constexpr):
+        item = tl.program_id(0)
+        chunk, block = history_gluon.find_block(item, cu_chunk_lens, chunks, BT)
+        tl.store(found + 2 * item, chunk)
+        tl.store(found + 2 * item + 1, block)
+
+    @pytest.mark.parametrize("lengths", [(5,), (16, 0, 1, 33, 0), (0, 0, 40), (1, 1, 1)])
+    def test_prefill_finds_blocks(lengths: tuple[int, ...]) -> None:
+        """Every block of 16 tokens of every chunk once, in a packed batch that begins at token 3."""
+        bounds = torch.tensor((3, *lengths), dtype=torch.int32).cumsum(0).int()
+        blocks = -(-sum(lengths) // 16) + len(lengths) - 1
+        found = torch.full((blocks, 2), -1, dtype=torch.int32)
+        find_block_kernel[(blocks,)](found, bounds, len(lengths), 16)
+        real = [(c, b) for c, b in found.tolist() if b * 16 < lengths[c]]
+        assert real == [(c, b) for c, n in enumerate(lengths) for b in range(-(-n // 16))]
 
     @pytest.mark.parametrize("head_dim", [80, 96, 192])
     @pytest.mark.parametrize(

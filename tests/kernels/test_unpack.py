@@ -48,9 +48,10 @@ def test_unpacks_what_the_codec_decodes(name: str) -> None:
         codes[(codes & 127) == 127] = 0  # NaN, which is never written
     meta = torch.rand(300, codec.num_meta, generator=generator).add_(0.1).half()
     words = codes.numpy().view(np.uint32)
-    assembly = getattr(unpack, f"_{scheme.upper()}").value
     others = [np.broadcast_to(x, words.shape) for x in operands(scheme, meta)]
-    registers = ptx.run(assembly, words, *others)
+    assert len(others) == unpack.numbers(scheme)
+    registers = ptx.run(unpack.assembly(scheme), words, *others)
+    assert len(registers) == unpack.registers(scheme)
     assert len(registers) * 2 == WORD_ELEMENTS[scheme]
     halves = [r.view(np.float16).reshape(*words.shape, 2) for r in registers]
     columns = torch.from_numpy(np.stack(halves, 2).astype(np.float64)).reshape(300, HEAD_DIM)

@@ -1,0 +1,54 @@
+"""How the specialised prefill kernel cuts its work, which needs no GPU; `test_triton_gpu.py` runs it."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kvq_core.codecs import get_codec
+from kvq_kernels import history_gluon
+from kvq_kernels.layout import PageLayout
+
+
+def layout_of(codecs: str, head_dim: int = 128, page_size: int = 64) -> PageLayout:
+    key, value = (get_codec(name) for name in codecs.split(":"))
+    return PageLayout(key, value, page_size, 4, head_dim, head_dim, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("programs", "tiles", "splits"),
+    [(512, 512, 1), (128, 128, 1), (64, 512, 2), (1, 7, 1), (4, 512, 16), (140, 512, 3)],
+)
+def test_parts_fill_the_processors(programs: int, tiles: int, splits: int) -> None:
+    """Of an H200; a part is worth eight tiles, and a wave more has to pay."""
+    assert history_gluon.num_splits(programs, tiles, 132) == splits
+
+
+def test_serves_what_fills_its_rows() -> None:
+    for codecs in ("turbo:lm2", "int8:int4", "fp8:fp8", "lm4:lm4"):
+        assert history_gluon.serves(layout_of(codecs), 8, 16)
+    assert not history_gluon.serves(layout_of("turbo:lm2"), 8, 15)
+    assert not history_gluon.serves(layout_of("turbo:lm2"), 256, 2048)
+    for other in (layout_of("none:lm2"), layout_of("lm3:lm3"), layout_of("int8:int8", 256)):
+        assert not history_gluon.serves(other, 8, 2048)
+    assert not history_gluon.serves(layout_of("int8:int8", page_size=16), 8, 2048)
+
+
+@pytest.mark.parametrize("codecs", ["turbo:lm2", "int8:int4", "int4:fp8"])
+def test_registers_fit_a_multiprocessor(codecs: str) -> None:
+    found = history_gluon.resources_of(layout_of(codecs))
+    assert 2 * found.producer + 2 * found.consumer <= 512 and found.stages >= 2
+
+
+@pytest.mark.parametrize(("per", "head_dim"), list(itertools.product([4, 8, 16], [64, 128])))
+def test_every_word_has_one_place(per: int, head_dim: int) -> None:
+    """Registers, lanes and warps of the producers' layout hold each word of a tile once."""
+    layout = history_gluon._words(per, head_dim // per)
+    bases = layout.reg_bases + layout.lane_bases + layout.warp_bases
+    places = {(0, 0)}
+    for row, column in bases:
+        places |= {(r ^ row, c ^ column) for r, c in places}
+    assert len(places) == 2 ** len(bases) == 64 * head_dim // per
+    assert len(layout.lane_bases) == 5 and len(layout.warp_bases) == 2
