@@ -1,8 +1,8 @@
-"""Every codec's bytes inside a kernel: unpacking, packing, and the constant tables both need.
+"""Every codec's bytes inside a kernel: unpacking, and the constant tables that it needs.
 
-A scheme branches here and nowhere else. Tiles are [N, D] with D padded to a power of two (`DP`); unpacked
-values come with a factor and a bias per token that the caller applies to scores and weights: cheaper than
-scaling every element, and exact where codes are integers.
+A scheme branches here and, where it is written, in `encode.py`. Tiles are [N, D] with D padded to a power of
+two (`DP`); unpacked values come with a factor and a bias per token that the caller applies to scores and
+weights: cheaper than scaling every element, and exact where codes are integers.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_kernels.codebook import LEVELS, qjl_projection, qjl_scale, thresholds
+from kvq_kernels.codebook import LEVELS, qjl_projection, qjl_scale
 from kvq_kernels.hadamard import hadamard_matrix
 
 # --- constant tables ----------------------------------------------------------------------------------------
@@ -47,16 +47,6 @@ def _as_bits(table: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def encode_table(scheme: str, candidates: tuple[float, ...], device: torch.device) -> Tensor:
-    """[2^b levels | 2^b - 1 thresholds, padded to 2^b | candidates] float32."""
-    bits = _BITS.get(scheme)
-    if bits is None:
-        return torch.zeros(1, device=device)
-    numbers = (*LEVELS[bits], *thresholds(bits), 0.0, *candidates)
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
-
-
-@lru_cache(maxsize=64)
 def signs_of_hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """√D · H: entries are ±1, exact in any dtype."""
     return (hadamard_matrix(size, torch.float64, torch.device("cpu")).sign()).to(device, dtype)
@@ -74,31 +64,6 @@ def qjl_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def to_half(x):
-    """fp16, saturated; NaN stays NaN."""
-    return tl.where(x == x, tl.minimum(tl.maximum(x, -65504.0), 65504.0), x).to(tl.float16)
-
-
-@triton.jit
-def round_even(x):
-    """To the nearest integer, ties to even, for |x| < 2^22."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def encode_e4m3(x):
-    """float32 within ±448 -> e4m3 bytes, bit for bit as torch rounds them, on any architecture."""
-    bits = x.to(tl.int32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    bits = bits & 0x7FFFFFFF
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-    subnormal = round_even(tl.abs(x) * 512.0).to(tl.int32)
-    code = tl.where(bits < 0x3C800000, subnormal, normal)
-    code = tl.where(x == x, tl.minimum(code, 0x7F), 0x7F)
-    return (sign | code).to(tl.uint8)
-
-
-@triton.jit
 def decode_e4m3(byte):
     """e4m3 bytes -> fp16, value / 256, exactly: the bits are moved to where fp16 has them."""
     bits = ((byte.to(tl.uint16) & 0x80) << 8) | ((byte.to(tl.uint16) & 0x7F) << 7)
@@ -109,15 +74,16 @@ def decode_e4m3(byte):
 def walsh(x, R: tl.constexpr, D: tl.constexpr):
     """√D · H x for every row of x [R, D] float32, D up to 256.
 
-    Each stage replaces the halves of a row by their sums and differences, interleaved: the index turns by one
-    bit, and after log2 D stages every bit had its turn and is back in its place. (Stages written as products
-    with a small matrix would be shorter, but leave copies of the result in several lanes, four times more
-    after each.)
+    An element's partner comes as what is left of their sum as integers: a copy where both lie in one thread,
+    one exchange between lanes otherwise, whatever the layout, which stays what it was.
     """
+    sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float32)
     for stage in tl.static_range(8):
         if 2**stage < D:
-            a, b = tl.split(tl.permute(tl.reshape(x, (R, 2, D // 2)), (0, 2, 1)))
-            x = tl.reshape(tl.join(a + b, a - b), (R, D))
+            pairs = tl.reshape(x, (R, 2**stage, 2, D // 2 ** (stage + 1)))
+            bits = pairs.to(tl.int32, bitcast=True)
+            partner = (tl.sum(bits, 2)[:, :, None, :] - bits).to(tl.float32, bitcast=True)
+            x = tl.reshape(partner + pairs * sign[None, None, :, None], (R, D))
     return x
 
 
@@ -152,22 +118,6 @@ def load_square(matrix, D: tl.constexpr, DP: tl.constexpr):
         inside = (d < D)[:, None] & (d < D)[None, :]
         tile = tl.load(matrix + d[:, None] * D + d[None, :], mask=inside, other=0.0)
     return tile
-
-
-@triton.jit
-def load_rotated(rows, row_mask, matrix, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr):
-    """rows [R] pointers to D elements each -> H times them, [R, DP] float32; D is no power of two.
-
-    matrix: √D · H in the elements' dtype.
-    """
-    if R >= 16:
-        x = multiply_rows(rows, row_mask, matrix, D, DP, R, 32 if D % 32 == 0 else 16)
-    else:  # too few for a product of matrices
-        d = tl.arange(0, DP)
-        x = tl.load(rows[:, None] + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
-        h = load_square(matrix, D, DP).to(tl.float32)
-        x = tl.sum(h[None, :, :] * x.to(tl.float32)[:, None, :], 2)
-    return x * (1.0 / D**0.5)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -287,173 +237,3 @@ def load_signs(
     factor = tl.load(meta + row, mask=valid, other=0.0).to(tl.float32)
     length = tl.load(meta + P + row, mask=valid, other=0.0).to(tl.float32)
     return ((_expand(byte, 4) >> 3) * 2 - 1).to(DTYPE), factor * length
-
-
-# --- writing ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _pack(code, BITS: tl.constexpr):
-    """[R, DP] int32 codes -> [R, DP · BITS/8] bytes."""
-    R: tl.constexpr = code.shape[0]
-    PER: tl.constexpr = 8 // BITS
-    parts = tl.reshape(code, (R, code.shape[1] // PER, PER))
-    return tl.sum(parts << (tl.arange(0, PER) * BITS)[None, None, :], 2).to(tl.uint8)
-
-
-@triton.jit
-def _store_bytes(codes, byte, mask, STRIDE: tl.constexpr, OFFSET: tl.constexpr, COUNT: tl.constexpr):
-    """byte [R, PAD] to `codes` [R] pointers of rows."""
-    PAD: tl.constexpr = byte.shape[1]
-    i = tl.arange(0, PAD)
-    inside = mask[:, None] & (i < COUNT)[None, :]
-    tl.store(codes[:, None] + OFFSET + i[None, :], byte, mask=inside)
-
-
-@triton.jit
-def _divide(x, by):
-    """x / by as IEEE rounds it, 0 where `by` is 0."""
-    return tl.where(by == 0, 0.0, tl.div_rn(x, tl.where(by == 0, 1.0, by)))
-
-
-@triton.jit
-def _nearest(y, table, BITS: tl.constexpr):
-    """Index of the nearest level, and the level."""
-    COUNT: tl.constexpr = 2**BITS
-    index = tl.zeros(y.shape, tl.int32)
-    for k in tl.static_range(COUNT - 1):
-        index += (y > tl.load(table + COUNT + k)).to(tl.int32)
-    return index, tl.load(table + index)
-
-
-@triton.jit
-def _within(x, D: tl.constexpr):
-    """x [R, DP] with zeros beyond D."""
-    DP: tl.constexpr = x.shape[1]
-    return x if DP == D else tl.where((tl.arange(0, DP) < D)[None, :], x, 0.0)
-
-
-@triton.jit
-def _code(y, table, SCHEME: tl.constexpr, BITS: tl.constexpr, RESIDUAL: tl.constexpr, D: tl.constexpr):
-    """y [R, DP] -> codes, what they stand for, and (turbo) the residual's scale [R] as fp16 rounds it.
-
-    What stands beyond D is zero, but for its codes, which nobody stores.
-    """
-    index, coded = _nearest(y, table, BITS)
-    coded = _within(coded, D)
-    scale = tl.zeros((y.shape[0],), tl.float32)
-    if SCHEME == "turbo":
-        rest = y - coded
-        scale = tl.sum(tl.abs(rest), 1) / D if RESIDUAL == "abs" else tl.sqrt_rn(tl.sum(rest * rest, 1) / D)
-        scale = to_half(scale).to(tl.float32)
-        coded += _within(tl.where(rest >= 0, scale[:, None], -scale[:, None]), D)
-        index |= (rest >= 0).to(tl.int32) << 3
-    return index, coded, scale
-
-
-@triton.jit
-def _store_rotated(
-    x, codes, meta, mask, table, projection,
-    SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
-    ANCHOR: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Lloyd-Max codes of x [R, DP], already rotated, zero beyond D."""
-    BITS: tl.constexpr = 2 if SCHEME == "lm2" else (4 if SCHEME == "lm4" else 3)
-    norm = to_half(tl.sqrt_rn(tl.sum(x * x, 1) / D)).to(tl.float32)
-    y = _divide(x, norm[:, None])
-    unit = _divide(y, tl.max(tl.abs(y), 1)[:, None]) if ANCHOR == "peak" else y
-    first = 2 * 2**BITS
-    index, coded, scale = _code(unit * tl.load(table + first), table, SCHEME, BITS, RESIDUAL, D)
-    dot = tl.sum(y * coded, 1)
-    square = tl.sum(coded * coded, 1)
-    for k in range(1, CANDIDATES):
-        index2, coded2, scale2 = _code(unit * tl.load(table + first + k), table, SCHEME, BITS, RESIDUAL, D)
-        dot2 = tl.sum(y * coded2, 1)
-        square2 = tl.sum(coded2 * coded2, 1)
-        better = dot2 * dot2 / square2 > dot * dot / square
-        index = tl.where(better[:, None], index2, index)
-        scale, dot = tl.where(better, scale2, scale), tl.where(better, dot2, dot)
-        square = tl.where(better, square2, square)
-        coded = tl.where(better[:, None], coded2, coded)
-    factor = norm
-    if NORM == "corrected":
-        factor = norm * tl.sqrt_rn(tl.div_rn(tl.sum(y * y, 1), square))
-    if NORM == "unbiased":
-        factor = norm * _divide(tl.sum(y * y, 1), dot)
-    if NORM == "balanced":
-        power = tl.sum(y * y, 1)
-        factor = norm * tl.sqrt_rn(tl.sqrt_rn(tl.div_rn(power, square)) * _divide(power, dot))
-    if SCHEME == "qjl":
-        rest = y - coded
-        scale = tl.sqrt_rn(tl.sum(rest * rest, 1))
-        s = load_square(projection, D, x.shape[1])
-        projected = tl.sum(s[None, :, :] * rest[:, None, :], 2)
-        index |= (projected >= 0).to(tl.int32) << 3
-    tl.store(meta, to_half(factor), mask=mask)
-    if SCHEME == "turbo" or SCHEME == "qjl":
-        tl.store(meta + P, to_half(scale), mask=mask)
-        _store_bytes(codes, _pack(index, 4), mask, D // 2, 0, D // 2)
-    elif SCHEME == "lm3":
-        _store_bytes(codes, _pack(index & 3, 2), mask, D * 3 // 8, 0, D // 4)
-        _store_bytes(codes, _pack(index >> 2, 1), mask, D * 3 // 8, D // 4, D // 8)
-    elif SCHEME == "lm2":
-        negative = index < 2
-        large = (index == 0) | (index == 3)
-        planes = _pack(large.to(tl.int32), 1).to(tl.uint16) | (
-            _pack(negative.to(tl.int32), 1).to(tl.uint16) << 8
-        )
-        typed = codes.to(tl.pointer_type(tl.uint16), bitcast=True)
-        i = tl.arange(0, planes.shape[1])
-        inside = mask[:, None] if planes.shape[1] == D // 8 else mask[:, None] & (i < D // 8)[None, :]
-        tl.store(typed[:, None] + i[None, :], planes, mask=inside)
-    else:
-        _store_bytes(codes, _pack(index, 4), mask, D // 2, 0, D // 2)
-
-
-@triton.jit
-def store_rows(
-    x, codes, meta, mask, table, projection,
-    SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
-    ANCHOR: tl.constexpr, ROTATED: tl.constexpr,
-    DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Encode x [R, DP], zero beyond D, to rows whose codes and first metadata lie at `codes`, `meta` [R].
-
-    x is rotated here if D is a power of two, else already (`load_rotated`).
-    """
-    R: tl.constexpr = x.shape[0]
-    d = tl.arange(0, DP)
-    if SCHEME == "none":
-        typed = codes.to(tl.pointer_type(DTYPE), bitcast=True)
-        tl.store(typed[:, None] + d[None, :], x.to(DTYPE), mask=mask[:, None] & (d < D)[None, :])
-    else:
-        x = x.to(tl.float32)
-        if ROTATED and DP == D:
-            x = walsh(x, R, D) * (1.0 / D**0.5)
-        x = tl.where(x == x, tl.minimum(tl.maximum(x, -1073741824.0), 1073741824.0), x)
-        spoiled = tl.sum(x * 0.0, 1)  # NaN where any element is: minima and maxima pass over it
-        if ROTATED:
-            _store_rotated(
-                x, codes, meta, mask, table, projection, SCHEME, NORM, RESIDUAL, CANDIDATES, ANCHOR, D, P
-            )
-        elif SCHEME == "fp8":
-            scale = to_half(tl.div_rn(tl.max(tl.abs(x), 1), 448.0) + spoiled)
-            scaled = _divide(x, scale.to(tl.float32)[:, None])
-            scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
-            tl.store(meta, scale, mask=mask)
-            _store_bytes(codes, encode_e4m3(scaled), mask, D, 0, D)
-        else:
-            TOP: tl.constexpr = 255 if SCHEME == "int8" else 15
-            inside = (d < D)[None, :]
-            low = tl.min(tl.where(inside, x, float("inf")), 1)
-            high = tl.max(tl.where(inside, x, float("-inf")), 1)
-            scale = to_half(tl.div_rn(high - low, TOP) + spoiled)
-            minimum = to_half(low)
-            code = _divide(x - minimum.to(tl.float32)[:, None], scale.to(tl.float32)[:, None])
-            code = round_even(tl.minimum(tl.maximum(code, 0.0), TOP)).to(tl.int32)
-            tl.store(meta, scale, mask=mask)
-            tl.store(meta + P, minimum, mask=mask)
-            if SCHEME == "int8":
-                _store_bytes(codes, code.to(tl.uint8), mask, D, 0, D)
-            else:
-                _store_bytes(codes, _pack(code, 4), mask, D // 2, 0, D // 2)

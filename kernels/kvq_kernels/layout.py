@@ -27,7 +27,7 @@ class Codec(Protocol):
 
     name: str
     scheme: str
-    """The branch of `bits.py` that decodes it in a kernel."""
+    """The branch of `bits.py` that decodes it in a kernel, and of `encode.py` that encodes it."""
     rotated: bool
     """Stored in the Hadamard-rotated basis: queries are rotated, or outputs rotated back."""
     num_meta: int

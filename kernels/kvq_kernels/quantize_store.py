@@ -1,23 +1,57 @@
 """Writing to the cache: rotate, quantize and scatter K and V in one launch; and the raw window."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_kernels.bits import encode_table, load_rotated, signs_of_hadamard, store_rows
+from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh
 from kvq_kernels.codebook import qjl_projection
+from kvq_kernels.encode import load_rows, store_rows
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_LANES = 8
+"""Lanes that share a vector, where it is long enough: fewer have less to exchange, and more to do in turn."""
 _SMALL = 256
-"""Tokens up to which a store is bound by latency: few rows a program, many programs."""
+"""Tokens up to which a store is bound by latency."""
+_STEPS = 4
+"""Tiles of a one-warp program beyond that: launching programs takes as long as bf16's bytes otherwise."""
+
+
+@triton.jit
+def _load(
+    slots, base, stride, first, tokens, matrix, SCHEME: tl.constexpr, ROTATED: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """R rows of `base` -> [R, DP] zero beyond D and from row `tokens` on, times √D · H if ROTATED; slots [R].
+
+    Slots are asked for right after the rows, so that they arrive while these are encoded.
+    """
+    token = first + tl.arange(0, R)
+    rows = base + token.to(tl.int64) * stride
+    mask = token < tokens
+    if ROTATED and DP > D:  # sums and differences of halves need a power of two
+        x = multiply_rows(rows, mask, matrix, D, DP, R, 32 if D % 32 == 0 else 16)
+        x = tl.where((tl.arange(0, DP) < D)[None, :], x, 0.0)  # NaN where an infinity met a zero
+        slot = tl.load(slots + token, mask=mask, other=0)
+    elif SCHEME == "none":
+        d = tl.arange(0, DP)
+        slot = tl.load(slots + token, mask=mask, other=0)
+        x = tl.load(rows[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
+    else:
+        x = load_rows(base, stride, first, tokens, D, DP, R, LANES)
+        slot = tl.load(slots + token, mask=mask, other=0)
+        if ROTATED:
+            x = walsh(x.to(tl.float32), R, D)
+    return x, slot
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _store_kernel(
-    key, value, pages, slots, tokens,
-    key_table, value_table, key_projection, value_projection, key_rotation, value_rotation,
+    key, value, pages, slots, tokens, key_projection, value_projection, key_rotation, value_rotation,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, page_stride,
     KEY: tl.constexpr, VALUE: tl.constexpr, KEY_NORM: tl.constexpr, VALUE_NORM: tl.constexpr,
     KEY_RESIDUAL: tl.constexpr, VALUE_RESIDUAL: tl.constexpr,
@@ -27,41 +61,37 @@ def _store_kernel(
     KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
-    DTYPE: tl.constexpr, R: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_E4M3: tl.constexpr, R: tl.constexpr, KEY_LANES: tl.constexpr,
+    VALUE_LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """R tokens of one kv head a program; K and V are programs of their own."""
+    """STEPS times R tokens of one kv head a program; K and V are programs of their own."""
     head = tl.program_id(1)
-    token = tl.program_id(0) * R + tl.arange(0, R)
-    mask = token < tokens
-    slot = tl.load(slots + token, mask=mask, other=0)
-    row = slot % P
-    block = pages + (slot // P) * page_stride + head * BLOCK_BYTES
-    meta = (block + META_OFFSET).to(tl.pointer_type(tl.float16), bitcast=True) + row
-    token = token.to(tl.int64)
-    if tl.program_id(2) == 0:
-        d = tl.arange(0, DKP)
-        source = key + token * key_token_stride + head * key_head_stride
-        if KEY_ROTATED and DKP > DK:
-            x = load_rotated(source, mask, key_rotation, DK, DKP, R)
-        else:
-            x = tl.load(source[:, None] + d[None, :], mask=mask[:, None] & (d < DK)[None, :], other=0.0)
-        store_rows(
-            x, block + row * KEY_BYTES, meta, mask, key_table, key_projection,
-            KEY, KEY_NORM, KEY_RESIDUAL, KEY_CANDIDATES, KEY_ANCHOR, KEY_ROTATED, DTYPE, DK, DKP, P,
-        )  # fmt: skip
-    else:  # other names than above, for other shapes
-        e = tl.arange(0, DVP)
-        source = value + token * value_token_stride + head * value_head_stride
-        if VALUE_ROTATED and DVP > DV:
-            y = load_rotated(source, mask, value_rotation, DV, DVP, R)
-        else:
-            y = tl.load(source[:, None] + e[None, :], mask=mask[:, None] & (e < DV)[None, :], other=0.0)
-        store_rows(
-            y, block + VALUE_OFFSET + row * VALUE_BYTES, meta + KEY_META * P, mask,
-            value_table, value_projection,
-            VALUE, VALUE_NORM, VALUE_RESIDUAL, VALUE_CANDIDATES, VALUE_ANCHOR, VALUE_ROTATED,
-            DTYPE, DV, DVP, P,
-        )  # fmt: skip
+    base = pages + head * BLOCK_BYTES
+    for step in range(STEPS):
+        first = (tl.program_id(0) * STEPS + step) * R
+        token = first + tl.arange(0, R)
+        mask = token < tokens
+        if tl.program_id(2) == 0:
+            source = key + head * key_head_stride
+            x, slot = _load(
+                slots, source, key_token_stride, first, tokens, key_rotation,
+                KEY, KEY_ROTATED, DK, DKP, R, KEY_LANES,
+            )  # fmt: skip
+            store_rows(
+                x, base, page_stride, slot, mask, key_projection, KEY, KEY_NORM, KEY_RESIDUAL,
+                KEY_CANDIDATES, KEY_ANCHOR, KEY_ROTATED, HAS_E4M3, 0, KEY_BYTES, META_OFFSET, DTYPE, DK, P,
+            )  # fmt: skip
+        else:  # other names than above, for other shapes
+            target = value + head * value_head_stride
+            y, slot = _load(
+                slots, target, value_token_stride, first, tokens, value_rotation,
+                VALUE, VALUE_ROTATED, DV, DVP, R, VALUE_LANES,
+            )  # fmt: skip
+            store_rows(
+                y, base, page_stride, slot, mask, value_projection, VALUE, VALUE_NORM, VALUE_RESIDUAL,
+                VALUE_CANDIDATES, VALUE_ANCHOR, VALUE_ROTATED, HAS_E4M3, VALUE_OFFSET, VALUE_BYTES,
+                META_OFFSET + 2 * KEY_META * P, DTYPE, DV, P,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -112,17 +142,41 @@ def _rotation(codec: Codec, head_dim: int, x: Tensor) -> Tensor:
     """√D · H in the dtype of `x`, where it is needed."""
     if _by_matrix(codec, head_dim):
         return signs_of_hadamard(head_dim, x.dtype, x.device)
-    return _table(codec, x.device)  # unused
+    return _unused(x.device)
 
 
-def _projection(codec: Codec, head_dim: int, device: torch.device) -> Tensor:
-    if codec.scheme == "qjl":
-        return qjl_projection(head_dim, torch.float32, device)
-    return _table(codec, device)  # unused
+@lru_cache(maxsize=32)
+def _projection(scheme: str, head_dim: int, device: torch.device) -> Tensor:
+    """Sᵀ of qjl. In fp16 one sign in some thousands differs, where the projection is next to zero."""
+    if scheme == "qjl":
+        return qjl_projection(head_dim, torch.float16, device).T.contiguous()
+    return _unused(device)
 
 
-def _table(codec: Codec, device: torch.device) -> Tensor:
-    return encode_table(codec.scheme, codec.encoder.candidates, device)
+@lru_cache(maxsize=8)
+def _unused(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.float16, device=device)
+
+
+def _lanes(head_dim: int, dtype: torch.dtype) -> int:
+    """Lanes that share a vector: 1 to 4 chunks of 16 bytes in each."""
+    chunks = triton.next_power_of_2(head_dim) * dtype.itemsize // 16
+    return max(min(_LANES, chunks), chunks // 4, 1)
+
+
+def _tile(layout: PageLayout, tokens: int, lanes: int) -> tuple[int, int, int]:
+    """Rows, warps and steps of a program. A vector lies in lanes alike for any `tokens`: so do its codes."""
+    k, v = layout.key, layout.value
+    if k.scheme == v.scheme == "none":
+        return (2, 1, 1) if tokens <= _SMALL else (16, 4, 1)
+    if "qjl" in (k.scheme, v.scheme) or _by_matrix(k, layout.key_dim) or _by_matrix(v, layout.value_dim):
+        return 16, 4, 1  # products of matrices
+    return 32 // lanes, 1, 1 if tokens <= _SMALL else _STEPS
+
+
+def _has_e4m3(device: torch.device) -> bool:
+    """Whether the GPU converts to e4m3."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: PageLayout) -> None:
@@ -136,28 +190,25 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         return
     key, value = unit_stride(key), unit_stride(value)
     k, v = layout.key, layout.value
-    qjl_dim = max(layout.key_dim * (k.scheme == "qjl"), layout.value_dim * (v.scheme == "qjl"))
-    rows, warps = (2, 2) if tokens <= _SMALL else (4, 4)
-    if qjl_dim:  # a [D, D] projection a row
-        rows, warps = 1, max(1, triton.next_power_of_2(qjl_dim) ** 2 // 4096)
-    elif any(_by_matrix(c, dim) for c, dim in ((k, layout.key_dim), (v, layout.value_dim))):
-        rows, warps = 16, 4  # rotated by products of matrices
-    _store_kernel[(triton.cdiv(tokens, rows), heads, 2)](
+    lanes = _lanes(layout.key_dim, key.dtype), _lanes(layout.value_dim, value.dtype)
+    rows, warps, steps = _tile(layout, tokens, max(lanes))
+    _store_kernel[(triton.cdiv(tokens, rows * steps), heads, 2)](
         key, value, pages, slots, tokens,
-        _table(k, key.device), _table(v, key.device),
-        _projection(k, layout.key_dim, key.device), _projection(v, layout.value_dim, key.device),
+        _projection(k.scheme, layout.key_dim, key.device),
+        _projection(v.scheme, layout.value_dim, key.device),
         _rotation(k, layout.key_dim, key), _rotation(v, layout.value_dim, value),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0),
         KEY=k.scheme, VALUE=v.scheme, KEY_NORM=k.encoder.norm_mode, VALUE_NORM=v.encoder.norm_mode,
         KEY_RESIDUAL=k.encoder.residual, VALUE_RESIDUAL=v.encoder.residual,
-        KEY_CANDIDATES=len(k.encoder.candidates), VALUE_CANDIDATES=len(v.encoder.candidates),
+        KEY_CANDIDATES=k.encoder.candidates, VALUE_CANDIDATES=v.encoder.candidates,
         KEY_ANCHOR=k.encoder.anchor, VALUE_ANCHOR=v.encoder.anchor,
         KEY_ROTATED=k.rotated, VALUE_ROTATED=v.rotated,
         KEY_BYTES=layout.key_code_bytes, VALUE_BYTES=layout.value_code_bytes, KEY_META=k.num_meta,
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         DK=layout.key_dim, DKP=triton.next_power_of_2(layout.key_dim),
         DV=layout.value_dim, DVP=triton.next_power_of_2(layout.value_dim), P=layout.page_size,
-        DTYPE=DTYPES[layout.dtype], R=rows, num_warps=warps,
+        DTYPE=DTYPES[layout.dtype], HAS_E4M3=_has_e4m3(key.device), R=rows, KEY_LANES=lanes[0],
+        VALUE_LANES=lanes[1], STEPS=steps, num_warps=warps,
     )  # fmt: skip
 
 

@@ -162,6 +162,21 @@ def test_store(name: str, head_dim: int, dtype: torch.dtype, tokens: int) -> Non
     assert different <= (0 if not codec.rotated else tokens * layout.bytes_per_token_head // 100), different
 
 
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_codes_do_not_depend_on_the_launch(name: str) -> None:
+    """A token's bytes are the same whether it is written among few or among many."""
+    codec = get_codec(name)
+    layout = PageLayout(codec, codec, 64, 2, 128, 128, WIDE)
+    x = torch.randn(600, 2, 128, device="cuda", dtype=WIDE)
+    slots = torch.randperm(64 * 20, device="cuda")[:600] + 64
+    together, apart = (layout.empty_pages(21, "cuda") for _ in range(2))
+    dispatch.store(x, -x, together, slots, layout)
+    for start in range(0, 600, 50):
+        some = slice(start, start + 50)
+        dispatch.store(x[some], -x[some], apart, slots[some], layout)
+    assert torch.equal(together, apart)
+
+
 def test_decode_in_a_graph_follows_the_context() -> None:
     """A captured launch reads lengths and tables on the device: replayed with others it follows them."""
     case = case_of("turbo:lm2", 128, 8, "all", WIDE, contexts=(1000, 700, 64))
