@@ -238,7 +238,7 @@ def unpacked(word, first, second, SCHEME: tl.constexpr):
         x = tl.minimum(first, _LARGEST_SCALE, propagate_nan=_ALL) * 256.0
     elif SCHEME == "int8" or SCHEME == "int4":
         CODES: tl.constexpr = 255.0 if SCHEME == "int8" else 15.0
-        x = tl.minimum(first, (_LARGEST_SUM - second) * (1 / CODES), propagate_nan=_ALL)
+        x = tl.minimum(first, (second - _LARGEST_SUM) * (-1 / CODES), propagate_nan=_ALL)
         y = second
     else:
         x = tl.minimum(first, _LARGEST_NORM, propagate_nan=_ALL)

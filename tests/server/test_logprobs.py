@@ -96,9 +96,12 @@ def test_chats(client: OpenAI, model: LoadedModel, reference: Any) -> None:
     text = answer.choices[0].message.content
     assert b"".join(bytes(entry.bytes) for entry in content).decode(errors="replace") == text
     chunks = list(client.chat.completions.create(top_logprobs=2, stream=True, **ask))
-    assert [entry for chunk in chunks for entry in chunk.choices[0].logprobs.content] == content
+    streamed = [entry for chunk in chunks for entry in chunk.choices[0].logprobs.content]
+    assert [entry.token for entry in streamed] == [entry.token for entry in content]
+    # the prompt's first chunks are cached now, and products of another shape round differently
+    assert [x.logprob for x in streamed] == pytest.approx([x.logprob for x in content], abs=1e-4)
     plain = client.chat.completions.create(**ask).choices[0].logprobs.content
-    assert [e.logprob for e in plain] == [e.logprob for e in content] and plain[0].top_logprobs == []
+    assert [e.logprob for e in plain] == [e.logprob for e in streamed] and plain[0].top_logprobs == []
 
 
 def test_a_token_that_ends_an_answer_has_no_text_and_no_entry(client: OpenAI, model: LoadedModel) -> None:
