@@ -74,6 +74,15 @@ def compare(
             rich_help_panel=LOAD_PANEL,
         ),
     ] = EQUAL_MEMORY,
+    capacity: Annotated[
+        bool,
+        typer.Option(
+            "--capacity",
+            help="Measure where memory is the limit: every policy gets the same --kv-memory and more "
+            "requests than fit; a warning says so where the baseline had memory to spare.",
+            rich_help_panel=LOAD_PANEL,
+        ),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -178,6 +187,8 @@ def compare(
             "--max-kl needs --quality",
             "`kvq eval --policies … --output quality.json`, then `--quality quality.json --max-kl 0.02`",
         )
+    if capacity:
+        _check_capacity(bool(policies), mode, config)
     from kvq_core.bench.advice import Limits, read_quality
     from kvq_core.bench.metrics import parse_limits
     from kvq_core.bench.record import check_output, write_text
@@ -221,6 +232,8 @@ def compare(
 
     comparison = compare_records(session.records, baseline)
     warnings, advice = comparison.warnings(), list[str]()
+    if capacity:
+        warnings += comparison.memory_to_spare()
     scores = collect_scores([*session.records, *(measured_quality.records if measured_quality else ())])
     if max_kl is not None or limits.slo:
         advice = advise(comparison, measured_quality, limits)
@@ -276,6 +289,20 @@ def _check_sweep(sweep: list[str] | None, resume: bool, measures: bool, output: 
     return points
 
 
+def _check_capacity(measures: bool, mode: str, config: EngineConfig) -> None:
+    """Refuse --capacity where memory is not stated, or not the same for all."""
+    if not measures:
+        raise UsageError("--capacity goes with --policies", "records are compared as they were measured")
+    if mode == EQUAL_BATCH:
+        raise UsageError(
+            "--capacity and --mode equal-batch exclude each other", "in an equal batch every request fits"
+        )
+    if config.kv_memory is None:
+        raise UsageError(
+            "--capacity needs --kv-memory", "state what every policy gets, as in `--kv-memory 16GiB`"
+        )
+
+
 def _check_regressions(comparison: "Comparison", share: float) -> None:
     if len(comparison.records) == 1:
         raise UsageError(
@@ -315,6 +342,7 @@ memory for the cache. With files, compares runs of earlier, on any machine.
 
 kvq compare --policies 0,8,4,42
 kvq compare --policies 0,42 --model Qwen/Qwen3-8B --concurrency 128 --kv-memory 16GiB --output runs.json
+kvq compare --policies 0,8,4,42 --capacity --kv-memory 16GiB --concurrency 256
 kvq compare --policies 0,42 --repeats 5
 kvq compare --policies 0,8,4,42 --sweep concurrency=1,8,64 context=512,2048 --output sweep.json --resume
 kvq compare runs.json other.json --baseline none --markdown

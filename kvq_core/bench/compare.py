@@ -23,6 +23,8 @@ _WORK = (
     "duration_limit_s", "cancel_rate", "mode", "ramp_up", "trace_speed", "prefix_len", "num_prefixes",
 )  # fmt: skip
 _REQUESTS = "workload's requests (SHA-256)"
+FULL = 0.75
+"""Share of the cache that is in use at a time where memory is the limit, at least; the rest is for growth."""
 _ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs", "url", "api")
 
 
@@ -120,6 +122,20 @@ class Comparison:
             f"records differ in {what}: " + ", ".join(f"{value} ({names})" for value, names in values.items())
             for what, values in self._differences()
         ]
+
+    def memory_to_spare(self) -> list[str]:
+        """Baselines that memory did not limit: nothing was preempted, and the cache was never full."""
+        found = []
+        for i, record in enumerate(self.records):
+            peak, room = record.get("peak_tokens"), record.get("capacity_tokens")
+            if not self.is_baseline(i) or not peak or not room or record.get("preemptions"):
+                continue
+            if peak < FULL * room:
+                found.append(
+                    f"{self.names[i]}: memory was not the limit: {peak:,.0f} tokens at most, of {room:,.0f} "
+                    "that fit; raise --concurrency, or lower --kv-memory"
+                )
+        return found
 
     def _index(self, record: RunRecord) -> int:
         return next(i for i, other in enumerate(self.records) if other is record)

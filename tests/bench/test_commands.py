@@ -36,6 +36,8 @@ class Fakes:
     """Ctrl-C while the n-th engine runs, after one measured request."""
     error: str | None = None
     """Every measured request fails with it."""
+    kv: dict[str, Any] = field(default_factory=dict)
+    """More of what engines say of their caches."""
 
 
 def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
@@ -111,6 +113,7 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
                 "bytes_per_token": 256,
                 "capacity_tokens": 5,
                 "capacity_ratio": 1.0,
+                **fakes.kv,
             }
 
     def check_head_dim(head_dim: int) -> None:
@@ -593,6 +596,24 @@ def test_an_equal_batch_must_fit(kvq, fakes):
     code, _, err = kvq(*flags, 2, "--mode", "equal-batch")
     assert code == 1 and "2 requests of 3 tokens do not fit into 5" in err
     assert kvq(*flags, 2)[0] == 0
+
+
+def test_capacity_is_measured_where_memory_is_the_limit(kvq, fakes):
+    flags = ("compare", *SWEEP[:2], "--capacity")
+    for more, message in (
+        ((), "--capacity needs --kv-memory"),
+        (("--kv-memory", "1MiB", "--mode", "equal-batch"), "exclude each other"),
+    ):
+        code, _, err = kvq(*flags, *more)
+        assert code == 2 and message in err and "hint:" in err
+    fakes.kv = {"peak_tokens": 3, "preemptions": 0}
+    code, _, err = kvq(*flags, "--kv-memory", "1MiB")
+    assert code == 0 and "none: memory was not the limit: 3 tokens at most, of 5 that fit" in err
+    assert "int4: memory" not in err, "policies that pack more are expected to have memory left"
+    for full in ({"peak_tokens": 4, "preemptions": 0}, {"peak_tokens": 3, "preemptions": 1}):
+        fakes.kv = full
+        code, _, err = kvq(*flags, "--kv-memory", "1MiB")
+        assert code == 0 and "not the limit" not in err
 
 
 def test_a_report_and_a_recommendation_by_slo(kvq, fakes, tmp_path):
