@@ -4,6 +4,10 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LIFT = tl.constexpr(12.0)
+"""log2 of the largest weight of a tile: fp16 then holds weights down to 2^-36 of it."""
+LEAST_EXPONENT = tl.constexpr(67 << 23)
+"""2^-60 as float32 bits: rows of smaller numbers are not scaled up to fp16's range any further."""
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kvq_kernels import unpack
-from kvq_kernels.exponent import LOG2E
+from kvq_kernels.exponent import LEAST_EXPONENT, LIFT, LOG2E
 from kvq_kernels.layout import PageLayout
 from kvq_kernels.unpack import WORD_ELEMENTS
 
@@ -42,9 +42,6 @@ _M = gl.constexpr(ROWS // 2)
 _N = gl.constexpr(TOKENS)
 _WARPS = 4
 """Of every producer and consumer: a warpgroup."""
-_LIFT = gl.constexpr(12.0)
-"""See `paged_prefill`."""
-_LEAST_EXPONENT = gl.constexpr(67 << 23)
 
 _unpacked = gluon.jit(unpack.unpacked.fn)
 
@@ -157,7 +154,7 @@ def _produce(
 def _to_range_of_half(x):
     """x [M, D] float32 -> below 2 in magnitude, and what each row is to be multiplied by: powers of two."""
     largest = gl.max(gl.abs(x), 1)
-    exponent = gl.maximum(largest.to(gl.int32, bitcast=True) & 0x7F800000, _LEAST_EXPONENT)
+    exponent = gl.maximum(largest.to(gl.int32, bitcast=True) & 0x7F800000, LEAST_EXPONENT)
     shrink = ((254 << 23) - exponent).to(gl.float32, bitcast=True)
     return x * shrink[:, None], exponent.to(gl.float32, bitcast=True)
 
@@ -221,7 +218,7 @@ def _consume(
     position = gl.arange(0, _N, gl.SliceLayout(0, of_scores)) + (last - 1) * _N
     scores = gl.where((position < high)[None, :], scores, float("-inf"))
     m = gl.max(scores, 1) * units
-    weights = gl.exp2(scores * units[:, None] - (m - _LIFT)[:, None])
+    weights = gl.exp2(scores * units[:, None] - (m - LIFT)[:, None])
     l = gl.sum(weights, 1)
     p = gl.convert_layout(weights.to(gl.float16), _left(DV))
 
@@ -243,7 +240,7 @@ def _consume(
         m_new = gl.maximum(m, gl.max(scores, 1) * units)
         alpha = gl.exp2(m - m_new)
         # one multiply-add: the product is not rounded, and m's rounding cancels
-        weights = gl.exp2(scores * units[:, None] - (m_new - _LIFT)[:, None])
+        weights = gl.exp2(scores * units[:, None] - (m_new - LIFT)[:, None])
         l = l * alpha + gl.sum(weights, 1)
         m = m_new
         acc = warpgroup_mma_wait(0, deps=[next_acc])
@@ -276,7 +273,7 @@ def _consume(
     at, query_head, real = _places(
         gl.arange(0, _M, by_scores) + HALF * _M, begin, length, block, head, G, GP, BT
     )
-    gl.store(logs + at * QUERY_HEADS + query_head + split_offset, m + gl.log2(l) - _LIFT, mask=real)
+    gl.store(logs + at * QUERY_HEADS + query_head + split_offset, m + gl.log2(l) - LIFT, mask=real)
 
 
 # --- kernel -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor
 from kvq_kernels import history_gluon
 from kvq_kernels.bits import decode_table, signs_of_hadamard, walsh
 from kvq_kernels.codebook import qjl_projection, qjl_scale
+from kvq_kernels.exponent import LEAST_EXPONENT, LIFT
 from kvq_kernels.hadamard import hadamard
 from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import PageLayout, RawWindow
@@ -37,12 +38,6 @@ from kvq_kernels.paged_decode import (
 )
 from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
 from kvq_kernels.unpack import WORD_ELEMENTS, load_meta, unpack_tile, unpacked_elements, unpacked_order
-
-_LIFT = tl.constexpr(12.0)
-"""log2 of the largest weight of a tile: fp16 then holds weights down to 2^-36 of it."""
-_LEAST_EXPONENT = tl.constexpr(67 << 23)
-"""2^-60 as float32 bits: rows of smaller numbers are not scaled up any further."""
-
 
 # --- pieces -------------------------------------------------------------------------------------------------
 
@@ -69,7 +64,7 @@ def _to_range_of_half(x):
     """x [M, D] -> float32 below 2 in magnitude, and what each row is to be multiplied by: powers of two."""
     x = x.to(tl.float32)
     largest = tl.max(tl.abs(x), 1)
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, _LEAST_EXPONENT)
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, LEAST_EXPONENT)
     shrink = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
     return x * shrink[:, None], exponent.to(tl.float32, bitcast=True)
 
@@ -162,7 +157,7 @@ def _attend_tiles(
             if RECENT > 0:
                 seen = seen & (position[None, :] <= t[:, None] - RECENT)
             scores = tl.where(seen, scores, float("-inf"))
-        weights, alpha, m, l = _softmax_step(scores, m, l, unit, _LIFT, MASKED)
+        weights, alpha, m, l = _softmax_step(scores, m, l, unit, LIFT, MASKED)
         v = unpack_tile(
             block + VALUE_OFFSET, value_1, value_2, row, valid, MASKED, VALUE, DTYPE, VALUE_PER, DV
         )
@@ -269,7 +264,7 @@ def _history_kernel(
                         scale, softcap, window, page_stride, part != 1, KEY, VALUE, KEY_PER, VALUE_PER,
                         KEY_META, VALUE_OFFSET, META_OFFSET, WINDOW, CAP, RECENT, DTYPE, DK, DV, P, N,
                     )  # fmt: skip
-            log = m + tl.log2(l) - _LIFT
+            log = m + tl.log2(l) - LIFT
         else:
             q = load_query(rows, real, matrix, KEY_ROTATED, DTYPE, DK, DKP, M)
             q2 = q

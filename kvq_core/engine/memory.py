@@ -17,8 +17,8 @@ _CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
 """On a CPU the cache takes a quarter of the free memory, and no more than 4 GiB, unless told."""
 _GRAPH_RESERVE = 512 << 20
 """Kept free for CUDA graphs and the allocator's fragments."""
-_STEP_TOKENS = 2048, 8192
-"""Prompt tokens of a step on a GPU, unless told: at least and at most. More are not processed any faster."""
+_LEAST_STEP, _MOST_STEP = 2048, 8192
+"""Prompt tokens that a step has room for on a GPU, unless told; more are not processed any faster."""
 
 
 def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, CachePlan]:
@@ -40,7 +40,7 @@ def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, C
         )
     on_gpu = model.device.type == "cuda"
     chunk = config.chunk(geometry.is_windowed)
-    prompts = max(chunk, min(max(4 * chunk, _STEP_TOKENS[0]), _STEP_TOKENS[1])) if on_gpu else chunk
+    prompts = max(chunk, min(max(4 * chunk, _LEAST_STEP), _MOST_STEP)) if on_gpu else chunk
     budget = config.max_num_batched_tokens or config.max_num_seqs + prompts
     if budget < chunk + 1:
         raise UsageError(

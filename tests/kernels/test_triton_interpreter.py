@@ -117,6 +117,18 @@ else:
         problem = build(case_of(axes), reference.store, reference.store_raw)
         check(decode(problem, paged_decode.paged_decode, splits=axes["splits"]), problem)
 
+    def test_decode_leaves_rows_without_context_to_others() -> None:
+        case = Case("turbo", "lm2", contexts=(70, 0, 5), sink=1, recent=2, dtype=torch.float16)
+        problem = build(case, reference.store, reference.store_raw)
+        lens = torch.tensor(case.contexts, dtype=torch.int32)
+        for op in (paged_decode.paged_decode, reference.paged_decode):
+            arguments = (problem.query, problem.pages, problem.tables, lens, problem.layout)
+            fresh = op(*arguments, **problem.options)
+            shared = torch.full_like(fresh, 7.0)
+            assert op(*arguments, out=shared, **problem.options) is shared
+            assert torch.equal(shared[[0, 2]], fresh[[0, 2]]) and (shared[1] == 7).all()
+            assert (fresh[1] == 0).all()
+
     @pytest.mark.parametrize("axes", PREFILL, ids=label)
     def test_prefill(axes: dict) -> None:
         problem = build(case_of(axes), reference.store, reference.store_raw)
