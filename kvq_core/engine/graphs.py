@@ -26,13 +26,15 @@ def decode_sizes(most: int) -> list[int]:
     return sorted({s for s in sizes if s <= most})
 
 
-def mixed_sizes(most: int) -> list[int]:
-    """Token counts that get a graph of decodes and chunks: 8 to 16 for every doubling.
+def mixed_sizes(most: int, history: bool) -> list[int]:
+    """Token counts that get a graph of decodes and chunks.
 
-    Where products are bound by arithmetic, from some 300 tokens on, padding costs what tokens do.
+    From some 300 tokens on products are bound by arithmetic, and padding costs what tokens do: 16 for every
+    doubling. Chunks with earlier tokens in pages are rarer, and have one more kernel a layer: 8.
     """
-    sizes = [*range(32, 512, 32), *range(512, 1024, 64), *range(1024, 2049, 128)]
-    return [s for s in sizes if s <= most]
+    fine = [*range(32, 512, 32), *range(512, 1024, 64), *range(1024, 2049, 128)]
+    coarse = [*range(32, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)]
+    return [s for s in (coarse if history else fine) if s <= most]
 
 
 class StepGraphs:
@@ -50,8 +52,9 @@ class StepGraphs:
         chunks = min(MOST_CHUNKS, max_num_seqs)
         self._decodes = [Sizes(n, n, 0) for n in decode_sizes(max_num_seqs)]
         self._mixed = [
-            Sizes(min(max_num_seqs, n), n, min(chunks, n))
-            for n in mixed_sizes(min(MOST_TOKENS, token_budget))
+            Sizes(min(max_num_seqs, n), n, min(chunks, n), history)
+            for history in (False, True)
+            for n in mixed_sizes(min(MOST_TOKENS, token_budget), history)
         ]
         self._graphs: dict[Sizes, tuple[torch.cuda.CUDAGraph, Tensor, StepInputs, Tensor]] = {}
 
@@ -62,13 +65,16 @@ class StepGraphs:
             (
                 s
                 for s in candidates
-                if exact.decodes <= s.decodes and exact.tokens <= s.tokens and exact.chunks <= s.chunks
+                if exact.decodes <= s.decodes
+                and exact.tokens <= s.tokens
+                and exact.chunks <= s.chunks
+                and exact.history <= s.history
             ),
             None,
         )
 
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture every size, largest first, so that the smaller ones reuse its memory."""
+        """Capture every size, the largest first, so that the smaller ones reuse its memory."""
         pool = None
         wanted = [*reversed(self._mixed), *reversed(self._decodes)]
         for done, sizes in enumerate(wanted):
@@ -115,4 +121,4 @@ class StepGraphs:
 
     def _run(self, inputs: StepInputs, sizes: Sizes) -> Tensor:
         # The longest chunk, history and context are not known at capture: bounds that hold for any step.
-        return self._forward(inputs, sizes.tokens, 1 << 30, 1 << 30, padded=True)
+        return self._forward(inputs, sizes.tokens, sizes.history << 30, 1 << 30, padded=True)

@@ -16,6 +16,8 @@ class Sizes:
     tokens: int
     """Those of decodes and chunks together: they follow each other without a gap, padding comes last."""
     chunks: int
+    history: bool = False
+    """Whether chunks may have earlier tokens in pages."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.engine import Engine
 from kvq_core.engine.graphs import StepGraphs
+from kvq_core.engine.inputs import Sizes
 from kvq_core.engine.runner import ModelRunner
 from kvq_core.engine.scheduler import Step
 from kvq_core.errors import KvqError, UsageError
@@ -249,6 +250,15 @@ def test_padded_steps_give_the_same_tokens(make: MAKE, policy: str, share: float
             runner.graphs = StepGraphs(runner._forward, runner.padding_row, budget, runner.device)
         texts.append(generate(engine, prompts(12), LONG))
     assert texts[0] == texts[1]
+
+
+def test_a_step_runs_in_the_smallest_sizes_it_fits() -> None:
+    graphs = StepGraphs(lambda *_, **__: torch.empty(0), 64, 8192, torch.device("cpu"))
+    assert graphs.fit(Sizes(3, 3, 0)) == Sizes(4, 4, 0)
+    assert graphs.fit(Sizes(3, 300, 2)) == Sizes(64, 320, 16), "without history, no kernel looks for one"
+    assert graphs.fit(Sizes(3, 300, 2, history=True)) == Sizes(64, 320, 16, history=True)
+    assert graphs.fit(Sizes(0, 2049, 1)) is None
+    assert graphs.fit(Sizes(0, 17, 17)) is None
 
 
 @pytest.mark.parametrize("policy", ["0", "42", "4+s4r16"])
