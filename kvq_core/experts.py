@@ -1,7 +1,7 @@
 """The experts function that transformers' mixture-of-experts layers call: `experts_implementation="kvq"`.
 
-Steps of few tokens go through kernels of our own, bound by reading each expert's weights once; larger ones
-through torch's grouped GEMM: both in `kvq_kernels.moe`. Experts of another form (biases, transposed weights,
+Steps of few tokens are bound by reading each expert's weights once, larger ones by arithmetic: kernels for
+both are in `kvq_kernels.moe`. Experts of another form (biases, transposed weights,
 other activations) go through transformers' own function.
 Routers that take the softmax of their logits and its largest entries do so in one launch.
 """
@@ -68,7 +68,7 @@ def _experts_op(
     place: Tensor | None,
 ) -> Tensor:
     if hidden.shape[0] > moe.MAX_TOKENS:
-        return moe.grouped_experts(hidden, top_k_index, top_k_weights, gate_up, down)
+        return moe.sorted_experts(hidden, top_k_index, top_k_weights, gate_up, down)
     valid = None if place is None else running_context(place)[0].valid
     return moe.experts(hidden, top_k_index, top_k_weights, gate_up, down, valid)
 

@@ -1,12 +1,18 @@
-"""Experts of a mixture-of-experts layer: at the speed of memory for few tokens, by grouped GEMMs for many.
+"""Experts of a mixture-of-experts layer: at the speed of memory for few tokens, of arithmetic for many.
 
 A decode step gives each expert a handful of tokens, so its time is that of reading the weights once. Weights
 are the M side of every product and tokens the N side: few tokens waste nothing. Four launches: each expert's
 token list, gate and up with SiLU in the epilogue, down, and the sum over a token's experts. No launch depends
 on the routing, so CUDA graphs can hold them, and every sum has a fixed order. The router is one more.
 
+A prompt gives some experts hundreds of tokens and some a few. Pairs are sorted by expert and cut into tiles
+of one expert; a program finds its tile on the device, and the last of an expert is only as wide as needed.
+
 Shapes: T tokens, K experts a token, E experts, H hidden, I intermediate size; a pair is t · K + k.
 """
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,13 +21,29 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_TOKENS = 1024
-"""Steps of more tokens are bound by arithmetic: torch's grouped GEMM serves them better."""
+"""Steps of more tokens are bound by arithmetic."""
 UP_ROWS, DOWN_ROWS = 64, 128
 """Rows of weights a program: of gate and up each, and of down."""
 STAGES = {"FEW": 5, "SOME": 5, "MANY": 4}
 """Stages of weights and tokens on their way, for tiles of 16, 32 and 64 tokens: two programs must fit the
 shared memory of a multiprocessor. An expert's tile is as large as its tokens need: routing is skewed, and a
 second pass over the weights costs as much as the first."""
+
+
+class Tile(NamedTuple):
+    """What a program computes of a product bound by arithmetic."""
+
+    rows: int
+    """Of weights; of gate and up each."""
+    tokens: int
+    depth: int
+    """Of the sum at a time."""
+    stages: int
+    warps: int
+
+
+UP_TILE = Tile(rows=128, tokens=128, depth=64, stages=3, warps=8)
+DOWN_TILE = Tile(rows=256, tokens=128, depth=64, stages=3, warps=8)
 
 
 @triton.jit
@@ -201,49 +223,99 @@ def _sum_kernel(pairs_ptr, out_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _silu_kernel(both_ptr, act_ptr, I: tl.constexpr, BLOCK: tl.constexpr):
-    """act[p] = silu(gate) · up, both [P, 2I] side by side."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < I
-    gate = tl.load(both_ptr + row * 2 * I + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(both_ptr + row * 2 * I + I + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(
-        act_ptr + row * I + columns, (gate * tl.sigmoid(gate) * up).to(act_ptr.dtype.element_ty), mask=mask
+def _tile_of(tile, ends_ptr, E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr):
+    """Tile `tile` of at most BN pairs of one expert, where pairs are sorted by expert and end at ends [E].
+
+    Returns the expert (E or more: there is no such tile), where its pairs begin, how many they are, and the
+    first of them in the tile.
+    """
+    e = tl.arange(0, EP)
+    end = tl.load(ends_ptr + e, mask=e < E, other=0)
+    begin = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
+    count = tl.where(e < E, end - begin, 0)
+    tiles = (count + BN - 1) // BN
+    until = tl.cumsum(tiles, 0)
+    expert = tl.sum((until <= tile).to(tl.int32), 0)
+    here = e == expert
+    before = tl.sum(tl.where(here, until - tiles, 0), 0)
+    return (
+        expert,
+        tl.sum(tl.where(here, begin, 0), 0),
+        tl.sum(tl.where(here, count, 0), 0),
+        (tile - before) * BN,
     )
 
 
 @triton.jit
-def _spread_kernel(x_ptr, place_ptr, out_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """out[place[t, k]] = x[t]: every row is read once and written for each of its experts."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + token * H + columns, mask=columns < H)
-    for k in tl.static_range(TOP_K):
-        place = tl.load(place_ptr + token * TOP_K + k).to(tl.int64)
-        tl.store(out_ptr + place * H + columns, x, mask=columns < H)
+def _gate_up_tile_kernel(
+    x_ptr, weights, pairs_ptr, ends_ptr, act_ptr,
+    TOP_K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """BM values of i for one tile of an expert's pairs: of BN, the last one as small as its pairs allow."""
+    rows: tl.constexpr = I // BM
+    row = tl.program_id(0) % rows
+    expert, begin, count, start = _tile_of(tl.program_id(0) // rows, ends_ptr, E, EP, BN)
+    if expert >= E:
+        return
+    if count - start <= 16:
+        _gate_up_columns(
+            x_ptr, weights, pairs_ptr + begin, act_ptr, start, count, expert, row,
+            TOP_K, H, I, BM, 16, BK, STAGES, IEEE,
+        )  # fmt: skip
+    elif count - start <= 64:
+        _gate_up_columns(
+            x_ptr, weights, pairs_ptr + begin, act_ptr, start, count, expert, row,
+            TOP_K, H, I, BM, 64, BK, STAGES, IEEE,
+        )  # fmt: skip
+    else:
+        _gate_up_columns(
+            x_ptr, weights, pairs_ptr + begin, act_ptr, start, count, expert, row,
+            TOP_K, H, I, BM, BN, BK, STAGES, IEEE,
+        )  # fmt: skip
 
 
 @triton.jit
-def _combine_kernel(
-    parts_ptr, place_ptr, weights_ptr, out_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out[t] = Σ_k w[t, k] · parts[place[t, k]]."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for k in tl.static_range(TOP_K):
-        place = tl.load(place_ptr + token * TOP_K + k).to(tl.int64)
-        weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
-        part = tl.load(parts_ptr + place * H + columns, mask=columns < H, other=0.0)
-        total += weight * part.to(tl.float32)
-    tl.store(out_ptr + token * H + columns, total.to(out_ptr.dtype.element_ty), mask=columns < H)
+def _down_tile_kernel(
+    act_ptr, weights, pairs_ptr, ends_ptr, routing_ptr, out_ptr,
+    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """BM values of h for one tile of an expert's pairs, as in `_gate_up_tile_kernel`."""
+    rows: tl.constexpr = H // BM
+    row = tl.program_id(0) % rows
+    expert, begin, count, start = _tile_of(tl.program_id(0) // rows, ends_ptr, E, EP, BN)
+    if expert >= E:
+        return
+    if count - start <= 16:
+        _down_columns(
+            act_ptr, weights, pairs_ptr + begin, routing_ptr, out_ptr, start, count, expert, row,
+            H, I, BM, 16, BK, STAGES, IEEE,
+        )  # fmt: skip
+    elif count - start <= 64:
+        _down_columns(
+            act_ptr, weights, pairs_ptr + begin, routing_ptr, out_ptr, start, count, expert, row,
+            H, I, BM, 64, BK, STAGES, IEEE,
+        )  # fmt: skip
+    else:
+        _down_columns(
+            act_ptr, weights, pairs_ptr + begin, routing_ptr, out_ptr, start, count, expert, row,
+            H, I, BM, BN, BK, STAGES, IEEE,
+        )  # fmt: skip
 
 
 def takes(gate_up: Tensor, down: Tensor) -> bool:
     """Whether `experts` can run with these weights: whole tiles, and a dtype that the matrix units take."""
     hidden, intermediate = down.shape[1], down.shape[2]
     return hidden % 128 == 0 and intermediate % 64 == 0 and gate_up.dtype in (torch.bfloat16, torch.float16)
+
+
+@lru_cache(maxsize=16)
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    if device.type != "cuda":
+        return 1 << 20
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
 
 
 def route(logits: Tensor, top_k: int, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -308,10 +380,10 @@ def experts(
     return out
 
 
-def grouped_experts(
+def sorted_experts(
     hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """See `experts`: for steps bound by arithmetic, torch's grouped GEMMs over tokens sorted by expert."""
+    """See `experts`; for steps bound by arithmetic."""
     tokens, top_k = top_k_index.shape
     num_experts, width, intermediate = down.shape
     pairs, device = tokens * top_k, hidden.device
@@ -322,23 +394,40 @@ def grouped_experts(
     ends = torch.searchsorted(
         chosen.int(), torch.arange(num_experts, dtype=torch.int32, device=device), right=True, out_int32=True
     )
-    place = torch.empty(pairs, dtype=torch.int32, device=device)
-    place[order] = torch.arange(pairs, dtype=torch.int32, device=device)
-    rows = torch.empty(pairs, width, dtype=hidden.dtype, device=device)
-    across = min(2048, triton.next_power_of_2(width))
-    _spread_kernel[(tokens, triton.cdiv(width, across))](
-        hidden, place, rows, H=width, TOP_K=top_k, BLOCK=across, num_warps=4
-    )
-    both = torch._grouped_mm(rows, gate_up.transpose(-1, -2), offs=ends)
     act = torch.empty(pairs, intermediate, dtype=hidden.dtype, device=device)
-    block = min(1024, triton.next_power_of_2(intermediate))
-    _silu_kernel[(pairs, triton.cdiv(intermediate, block))](
-        both, act, I=intermediate, BLOCK=block, num_warps=4
-    )
-    parts = torch._grouped_mm(act, down.transpose(-1, -2), offs=ends)
+    parts = torch.empty(pairs, width, dtype=hidden.dtype, device=device)
     out = torch.empty_like(hidden)
+    experts = {"E": num_experts, "EP": triton.next_power_of_2(num_experts)}
+    ieee = hidden.dtype == torch.float32
+
+    def cut(
+        tile: Tile, weights: Tensor, rows: int, least: int, matrices: int
+    ) -> tuple[tuple[int], TensorDescriptor, dict[str, int]]:
+        height = tile.rows if rows % tile.rows == 0 else least
+        tiles = min(pairs, triton.cdiv(pairs, tile.tokens) + num_experts)  # an expert's last may be in part
+        stage = (matrices * height + tile.tokens) * tile.depth * hidden.element_size()
+        options = {
+            "BM": height, "BN": tile.tokens, "BK": tile.depth,
+            "STAGES": min(tile.stages, _shared_memory(device) // stage), "num_warps": tile.warps,
+        }  # fmt: skip
+        return (
+            (tiles * (rows // height),),
+            TensorDescriptor.from_tensor(weights, [height, tile.depth]),
+            options,
+        )
+
+    grid, weights, options = cut(UP_TILE, gate_up.view(-1, width), intermediate, 64, 2)
+    _gate_up_tile_kernel[grid](
+        hidden, weights, order, ends, act,
+        TOP_K=top_k, H=width, I=intermediate, IEEE=ieee, **experts, **options,
+    )  # fmt: skip
+    grid, weights, options = cut(DOWN_TILE, down.view(-1, intermediate), width, 128, 1)
+    _down_tile_kernel[grid](
+        act, weights, order, ends, top_k_weights, parts,
+        H=width, I=intermediate, IEEE=ieee, **experts, **options,
+    )  # fmt: skip
     block = min(1024, triton.next_power_of_2(width))
-    _combine_kernel[(tokens, triton.cdiv(width, block))](
-        parts, place, top_k_weights, out, H=width, TOP_K=top_k, BLOCK=block, num_warps=4
+    _sum_kernel[(tokens, triton.cdiv(width, block))](
+        parts, out, H=width, TOP_K=top_k, BLOCK=block, num_warps=4
     )
     return out
