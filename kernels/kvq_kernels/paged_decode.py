@@ -1,4 +1,5 @@
 """Decode: one query per request over its pages, split over the sequence, partials merged in a second launch.
+`warp_decode.py` merges few in the same one.
 
 One program serves all G query heads of a kv head, so that every byte of the cache is read once. This is the
 portable path: plain Triton, any architecture, every codec.
@@ -383,7 +384,7 @@ def paged_decode(
     out: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """See `reference.paged_decode`; two launches, no look at device memory. `splits` overrides the choice."""
+    """See `reference.paged_decode`; no look at device memory. `splits` overrides the choice."""
     requests, query_heads, key_dim = query.shape
     assert key_dim == layout.key_dim and query.dtype == layout.dtype, (query.shape, query.dtype)
     assert context_lens.shape == (requests,) and block_tables.shape[0] == requests
@@ -412,10 +413,14 @@ def paged_decode(
     sink, recent = (0, 0) if raw is None else (raw.sink, raw.recent)
     first_part = 0
     if by_warps:
+        merge = raw is None and warp_decode.merges(layout, out, splits)
         warp_decode.launch(
-            query, pages, block_tables, context_lens, layout, partial, stats,
-            scale=scale, softcap=softcap, window=window, sink=sink, recent=recent, splits=splits,
+            query, pages, block_tables, context_lens, layout, partial, stats, out,
+            scale=scale, softcap=softcap, window=window, sinks=sinks, sink=sink, recent=recent, splits=splits,
+            merge=merge, leave=leave,
         )  # fmt: skip
+        if merge:
+            return out
         first_part = splits
     if first_part < parts:
         _decode_kernel[(parts - first_part, layout.num_kv_heads, requests)](

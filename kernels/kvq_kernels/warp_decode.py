@@ -1,8 +1,8 @@
 """Decode on sm_80 and newer, bound by memory: one warp a program, from the page's bytes to the matrix units.
 
 Tokens stream through a ring in shared memory, as they are, by asynchronous copies; no two lanes exchange
-unpacked numbers: see `warp_ptx.py` for which lane holds what. Parts of a sequence are merged by
-`paged_decode`'s second launch.
+unpacked numbers: see `warp_ptx.py` for which lane holds what. Of the programs that have a part of the same
+sequence, the last to finish merges, where there are few; else `paged_decode` does in a second launch.
 """
 
 from functools import lru_cache
@@ -22,6 +22,9 @@ _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
+_MOST_MERGED = 16
+"""Parts that one warp merges: with more, its loads take longer than a second launch."""
+_COUNTERS = 1 << 14
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -234,20 +237,108 @@ def _sum_over_groups(x):
     )
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles"])
+@triton.jit
+def _join(m, l, sums, part, i: tl.constexpr, weighted, unit):
+    """Head 2t + i of a part (see `ptx.load_part`) joins what is merged; `weighted` by 1, or by 0: not at all."""
+    top = tl.maximum(m, part[2 * i])
+    old, new = tl.exp2((m - top) * unit), tl.exp2((part[2 * i] - top) * unit) * weighted
+    joined = ()
+    for j in tl.static_range(len(sums)):
+        x = sums[j]
+        if j % 2 == i:
+            x = x * old + part[4 + j] * new
+        joined = joined + (x,)  # type: ignore[assignment]
+    return top, l * old + part[2 * i + 1] * new, joined
+
+
+@triton.jit
+def _load_part(stats, partial, row0, row1, at, D: tl.constexpr, APART: tl.constexpr):
+    """Rows of both heads in stats [.., 2] and partial [.., D], the lane's first dim in a row."""
+    COUNT: tl.constexpr = 4 + D // 4
+    return tl.inline_asm_elementwise(
+        ptx.load_part(D, APART), ptx.constraints("f" * COUNT, "llll"),
+        (
+            (stats + row0 * 2).to(tl.int64), (stats + row1 * 2).to(tl.int64),
+            (partial + row0 * D + at).to(tl.int64), (partial + row1 * D + at).to(tl.int64),
+        ),
+        dtype=ptx.types(COUNT, tl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_parts(stats, partial, row0, row1, used, at, unit, D: tl.constexpr, APART: tl.constexpr):
+    """`used` parts of heads 2t and 2t + 1 from these rows on -> m, l and undivided sums; two at a time."""
+    zero = unit * 0.0 + tl.zeros((32,), tl.float32)
+    m0, m1, l0, l1, sums = zero + ptx.NO_MAXIMUM, zero + ptx.NO_MAXIMUM, zero, zero, (zero,) * (D // 4)
+    for i in range(0, used, 2):
+        j = tl.minimum(i + 1, used - 1)
+        there = (j - i).to(tl.float32)
+        part = _load_part(stats, partial, row0 + i, row1 + i, at, D, APART)
+        next_ = _load_part(stats, partial, row0 + j, row1 + j, at, D, APART)
+        m0, l0, sums = _join(m0, l0, sums, part, 0, 1.0, unit)
+        m1, l1, sums = _join(m1, l1, sums, part, 1, 1.0, unit)
+        m0, l0, sums = _join(m0, l0, sums, next_, 0, there, unit)
+        m1, l1, sums = _join(m1, l1, sums, next_, 1, there, unit)
+    return m0, m1, l0, l1, sums
+
+
+@triton.jit
+def _final_factor(m, l, sinks, head, unit, HAS_SINKS: tl.constexpr):
+    """What sums are multiplied by in the end."""
+    factor = l * 0.0 + 1.0
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * (LOG2E / unit)
+        top = tl.maximum(m, sink)
+        factor = tl.exp2((m - top) * unit)
+        l = l * factor + tl.exp2((sink - top) * unit)
+    return factor / tl.where(l == 0, 1.0, l)
+
+
+@triton.jit
+def store_output(
+    out0, out1, exists0, exists1, m0, m1, l0, l1, sums, sinks, head0, head1, unit,
+    HAS_SINKS: tl.constexpr, ROTATED: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr,
+    APART: tl.constexpr,
+):  # fmt: skip
+    """Divide, rotate back, and store at the lane's first dim of both heads."""
+    NORM: tl.constexpr = D**-0.5 if ROTATED else 1.0
+    factor0 = _final_factor(m0, l0, sinks, head0, unit, HAS_SINKS) * NORM
+    factor1 = _final_factor(m1, l1, sinks, head1, unit, HAS_SINKS) * NORM
+    final = ()
+    for i in tl.static_range(D // 4):
+        final = final + (sums[i] * (factor0 if i % 2 == 0 else factor1),)  # type: ignore[assignment]
+    tl.inline_asm_elementwise(
+        ptx.store_output(D, APART, ROTATED, DTYPE), ptx.constraints("r", "rllrr" + "f" * (D // 4)),
+        (tl.arange(0, 32), out0.to(tl.int64), out1.to(tl.int64), exists0.to(tl.int32), exists1.to(tl.int32))
+        + final,
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles", "width"])
 def _warp_decode_kernel(
-    query, pages, tables, context_lens, partial, stats,
-    query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window,
-    splits, parts, group, min_tiles,
+    query, pages, tables, context_lens, partial, stats, out, sinks, counters,
+    query_stride, query_head_stride, out_stride, out_head_stride, page_stride, table_stride, width,
+    scale, softcap, window, splits, parts, group, min_tiles,
+    MERGE: tl.constexpr, LEAVE: tl.constexpr, HAS_SINKS: tl.constexpr, VALUE_ROTATED: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
     FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
-    """One part of one request's sequence and one kv head."""
+    """One part of one request's sequence and one kv head. MERGE: the last of them to come writes the output.
+
+    LEAVE: rows of context 0 are somebody else's.
+    """
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, 32)
+    table = tables + request * table_stride
+    # with the context's length, which says where to begin, come the first pages' numbers
+    tl.inline_asm_elementwise(
+        ptx.prefetch(), "=r,l,r", [(table + lane).to(tl.int64), (lane < width).to(tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
     g, t = lane // 4, lane % 4
     at = query + request * query_stride + (head * group + g) * query_head_stride + t * ptx.query_part(KEY, D)
     words = tl.inline_asm_elementwise(
@@ -256,42 +347,54 @@ def _warp_decode_kernel(
         dtype=ptx.types(D // 8, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
     context = tl.load(context_lens + request)
+    if context < 0:  # never: without a branch ptxas waits for the length before it asks for those
+        return
     low = SINK
     if WINDOW:
         low = tl.maximum(context - window, SINK)
     high = context - RECENT
     first = low // T
     last = tl.maximum(tl.cdiv(high, T), first)
-    share = tl.maximum(tl.cdiv(last - first, splits), min_tiles)
+    tiles = last - first
+    share = tl.maximum(tl.cdiv(tiles, splits), min_tiles)
     first = first + part * share
     last = tl.minimum(first + share, last)
-    out = (request * HEADS + head) * group
+    row = (request * HEADS + head) * group
+    out += request * out_stride + head * group * out_head_stride
     if first >= last:
         every = tl.arange(0, 8)
-        nothing = stats + ((out + every) * parts + part) * 2
-        tl.store(nothing, tl.full((8,), float("-inf"), tl.float32), mask=every < group)
-        tl.store(nothing + 1, tl.zeros((8,), tl.float32), mask=every < group)
+        if not MERGE:
+            nothing = stats + ((row + every) * parts + part) * 2
+            tl.store(nothing, tl.full((8,), float("-inf"), tl.float32), mask=every < group)
+            tl.store(nothing + 1, tl.zeros((8,), tl.float32), mask=every < group)
+        elif not LEAVE:
+            place = out + every[:, None] * out_head_stride + tl.arange(0, D)[None, :]
+            nothing = tl.zeros((8, D), out.dtype.element_ty)
+            tl.store(place, nothing, mask=(every < group)[:, None] & (part == 0))
         return
 
-    # the first tile is on its way while the query is prepared
+    # the first tile is on its way while the query is prepared: behind a branch, or ptxas would do that first
     STEPS: tl.constexpr = T // 16
     ring = tl.inline_asm_elementwise(
         ptx.ring(ptx.tile_bytes(KEY, VALUE, D, T)), "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
     )
     targets, parts_at = _targets(ring, KEY, VALUE, D, T), _parts(ring, KEY, VALUE, D, T)
-    table = tables + request * table_stride
     block = pages + head.to(tl.int64) * BLOCK_BYTES
-    here = block + tl.load(table + first * T // P).to(tl.int64) * page_stride
+    page = tl.load(table + first * T // P)
+    here = block + page.to(tl.int64) * page_stride
     following = tl.load(table + tl.minimum(first + 1, last - 1) * T // P)
     sources = _sources(here, first * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
     for i in tl.static_range(STEPS):
         _copy(sources, targets, lane >= 0, i, KEY, VALUE, D)
 
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
-    prepared = tl.inline_asm_elementwise(
-        ptx.prepare_query(KEY, D, ROTATED, DTYPE), ptx.constraints("r" * (QUERY + 6), "r" * (D // 8 + 2)),
-        words + (t, t * 8), dtype=ptx.types(QUERY + 6, tl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
+    prepared = (tl.zeros((32,), tl.int32),) * (QUERY + 6)
+    if page >= 0:
+        prepared = tl.inline_asm_elementwise(
+            ptx.prepare_query(KEY, D, ROTATED, DTYPE),
+            ptx.constraints("r" * (QUERY + 6), "r" * (D // 8 + 2)),
+            words + (t, t * 8), dtype=ptx.types(QUERY + 6, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
     q = prepared[0:QUERY]
     unit0 = prepared[QUERY].to(tl.float32, bitcast=True) * _key_unit(KEY)
     unit1 = prepared[QUERY + 1].to(tl.float32, bitcast=True) * _key_unit(KEY)
@@ -363,34 +466,53 @@ def _warp_decode_kernel(
     # m, l and the sums of heads 2t and 2t + 1
     bias0, bias1 = _sum_over_groups(state[4]), _sum_over_groups(state[5])
     l0, l1 = _sum_over_groups(state[2]), _sum_over_groups(state[3])
-    into_m = 1.0 / exponent_unit(scale, CAP)
+    unit = exponent_unit(scale, CAP)
     head0, head1 = 2 * t, 2 * t + 1
     exists0, exists1 = head0 < group, head1 < group
-    at0, at1 = (out + head0) * parts + part, (out + head1) * parts + part
-    m0 = tl.where(l0 > 0, state[0] * into_m, tl.where(l0 == 0, float("-inf"), l0))
-    m1 = tl.where(l1 > 0, state[1] * into_m, tl.where(l1 == 0, float("-inf"), l1))
-    tl.store(stats + at0 * 2, m0, mask=exists0 & (g == 0))
-    tl.store(stats + at0 * 2 + 1, l0, mask=exists0 & (g == 0))
-    tl.store(stats + at1 * 2, m1, mask=exists1 & (g == 0))
-    tl.store(stats + at1 * 2 + 1, l1, mask=exists1 & (g == 0))
+    m0 = tl.where(l0 > 0, state[0] * (1.0 / unit), tl.where(l0 == 0, float("-inf"), l0))
+    m1 = tl.where(l1 > 0, state[1] * (1.0 / unit), tl.where(l1 == 0, float("-inf"), l1))
     factor = _value_unit(VALUE) / state[6]
-    final = ()
+    sums = ()
     for i in tl.static_range(STATE - 7):
         total = state[7 + i] * factor
         if VALUE == "int4" and i // 4 % 2 == 1:  # the upper nibble of a byte counts 16 times
             total = total * 0.0625
-        final = final + (total + (bias0 if i % 2 == 0 else bias1),)  # type: ignore[assignment]
-    PART_V: tl.constexpr = 8 if W == 8 else D // 8
-    tl.inline_asm_elementwise(
-        ptx.store_sums(D, W == 8), ptx.constraints("r", "llrr" + "f" * (STATE - 7)),
-        (
-            (partial + at0 * D + g * PART_V).to(tl.int64),
-            (partial + at1 * D + g * PART_V).to(tl.int64),
-            exists0.to(tl.int32),
-            exists1.to(tl.int32),
-        )
-        + final,
-        dtype=tl.int32, is_pure=False, pack=1,
+        sums = sums + (total + (bias0 if i % 2 == 0 else bias1),)  # type: ignore[assignment]
+    APART: tl.constexpr = W == 8
+    at = g * (8 if APART else D // 8)
+    # lanes of heads that don't exist read the last one's
+    head0, head1 = tl.minimum(head0, group - 1), tl.minimum(head1, group - 1)
+    row0, row1 = (row + head0) * parts, (row + head1) * parts
+    used = tl.cdiv(tiles, share)
+    if not MERGE or used > 1:
+        tl.store(stats + (row0 + part) * 2, m0, mask=exists0 & (g == 0))
+        tl.store(stats + (row0 + part) * 2 + 1, l0, mask=exists0 & (g == 0))
+        tl.store(stats + (row1 + part) * 2, m1, mask=exists1 & (g == 0))
+        tl.store(stats + (row1 + part) * 2 + 1, l1, mask=exists1 & (g == 0))
+        tl.inline_asm_elementwise(
+            ptx.store_sums(D, APART), ptx.constraints("r", "llrr" + "f" * (D // 4)),
+            (
+                (partial + (row0 + part) * D + at).to(tl.int64),
+                (partial + (row1 + part) * D + at).to(tl.int64),
+                exists0.to(tl.int32),
+                exists1.to(tl.int32),
+            )
+            + sums,
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        if not MERGE:
+            return
+        before = tl.inline_asm_elementwise(
+            ptx.arrive(), "=&r,l,r", [(counters + request * HEADS + head).to(tl.int64), used - 1],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        if before < used - 1:
+            return
+        m0, m1, l0, l1, sums = merge_parts(stats, partial, row0, row1, used, at, unit, D, APART)
+    store_output(
+        out + head0 * out_head_stride + at, out + head1 * out_head_stride + at, exists0, exists1,
+        m0, m1, l0, l1, sums, sinks, head * group + head0, head * group + head1, unit,
+        HAS_SINKS, VALUE_ROTATED, DTYPE, D, APART,
     )  # fmt: skip
 
 
@@ -422,6 +544,25 @@ def num_splits(requests: int, layout: PageLayout, longest: int, multiprocessors:
     return max(1, min(wanted, longest // _MIN_TOKENS, 128))
 
 
+@lru_cache(maxsize=16)
+def _counters(device: torch.device) -> Tensor:
+    """How many programs of a request's kv head have finished: zeros again after every launch.
+
+    Decodes of one device share them, so they must not overlap: one stream a device decodes. Made by the first
+    decode, which comes before any is captured, and kept: graphs hold its address.
+    """
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+
+
+def merges(layout: PageLayout, out: Tensor, splits: int) -> bool:
+    """Whether the launch writes the output itself."""
+    return (
+        splits <= _MOST_MERGED
+        and (splits == 1 or out.shape[0] * layout.num_kv_heads <= _COUNTERS)
+        and out.stride(0) % 8 == out.stride(1) % 8 == out.data_ptr() % 16 == 0
+    )
+
+
 def launch(
     query: Tensor,
     pages: Tensor,
@@ -430,23 +571,30 @@ def launch(
     layout: PageLayout,
     partial: Tensor,
     stats: Tensor,
+    out: Tensor,
     *,
     scale: float,
     softcap: float,
     window: int,
+    sinks: Tensor | None,
     sink: int,
     recent: int,
     splits: int,
+    merge: bool,
+    leave: bool,
 ) -> None:
-    """Parts 0 … splits - 1 of all requests, as `paged_decode` describes partial and stats."""
+    """Parts 0 … splits - 1 of all requests, as `paged_decode` describes partial and stats; or, to `merge`,
+    the output."""
     requests, query_heads, head_dim = query.shape
     heads = layout.num_kv_heads
     key, value = _schemes(layout)
     tile, registers = _shape(key, value, head_dim)
     _warp_decode_kernel[(splits, heads, requests)](
-        query, pages, block_tables, context_lens, partial, stats,
-        query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
+        query, pages, block_tables, context_lens, partial, stats, out, stats if sinks is None else sinks,
+        _counters(query.device), query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+        pages.stride(0), block_tables.stride(0), block_tables.shape[1], scale, softcap, window,
         splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
+        MERGE=merge, LEAVE=leave, HAS_SINKS=sinks is not None, VALUE_ROTATED=layout.value.rotated,
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
         META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,

@@ -42,7 +42,14 @@ else:
 
     from kvq_core.codecs import get_codec
     from kvq_core.policies import CODEC_NAMES
-    from kvq_kernels import history_gluon, paged_decode, paged_prefill, quantize_store, reference
+    from kvq_kernels import (
+        history_gluon,
+        paged_decode,
+        paged_prefill,
+        quantize_store,
+        reference,
+        warp_decode,
+    )
     from kvq_kernels.layout import EncoderOptions, PageLayout, RawWindow
 
     CODECS = (
@@ -128,6 +135,88 @@ else:
             assert op(*arguments, out=shared, **problem.options) is shared
             assert torch.equal(shared[[0, 2]], fresh[[0, 2]]) and (shared[1] == 7).all()
             assert (fresh[1] == 0).all()
+
+    def run_warp_assembly(assembly, constraints, operands, dtype, is_pure, pack):
+        """Of 32 lanes, memory included."""
+        words = [x.handle.data for x in operands]
+        words = [x if x.dtype.itemsize == 8 else x.view(np.uint32) for x in words]
+        types = dtype if isinstance(dtype, (tuple, tl.tuple)) else (dtype,)
+        results = ptx.run_warp(assembly, len(types), *words)
+        tensors = tuple(
+            tl.tensor(
+                TensorHandle(x.view(np.float32 if kind == tl.float32 else np.int32), kind),
+                tl.block_type(kind, [32]),
+            )
+            for x, kind in zip(results, types, strict=True)
+        )
+        return tl.tuple(tensors) if len(tensors) > 1 else tensors[0]
+
+    @triton.jit
+    def merge_kernel(
+        out, stats, partial, sinks, used, parts, unit, group,
+        HAS_SINKS: tl.constexpr, ROTATED: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr,
+        APART: tl.constexpr,
+    ):  # fmt: skip
+        """A kv head a program, as the last of the programs that decode it does."""
+        lane = tl.arange(0, 32)
+        at = lane // 4 * (8 if APART else D // 8)
+        first = tl.program_id(0) * group
+        head0, head1 = lane % 4 * 2, lane % 4 * 2 + 1
+        exists0, exists1 = head0 < group, head1 < group
+        head0, head1 = first + tl.minimum(head0, group - 1), first + tl.minimum(head1, group - 1)
+        m0, m1, l0, l1, sums = warp_decode.merge_parts(
+            stats, partial, head0 * parts, head1 * parts, used, at, unit, D, APART
+        )
+        warp_decode.store_output(
+            out + head0 * D + at, out + head1 * D + at, exists0, exists1, m0, m1, l0, l1, sums,
+            sinks, head0, head1, unit, HAS_SINKS, ROTATED, DTYPE, D, APART,
+        )  # fmt: skip
+
+    MERGES = pairwise(
+        {
+            "used": (1, 2, 3, 6),
+            "group": (1, 2, 3, 5, 8),
+            "head_dim": (64, 128),
+            "sinks": (False, True),
+            "form": ("plain", "rotated", "apart"),
+            "dtype": (torch.float16, torch.bfloat16),
+            "empty": (None, 0, -1),
+        }
+    )
+
+    @pytest.mark.parametrize("axes", MERGES, ids=str)
+    def test_decode_merges_in_one_warp(axes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Parts of random weight, one perhaps without any, against the same in float64; nothing else is read
+        or written."""
+        monkeypatch.setattr(tl, "inline_asm_elementwise", run_warp_assembly)
+        used, group, dim, dtype, unit = axes["used"], axes["group"], axes["head_dim"], axes["dtype"], 0.7
+        generator = torch.Generator().manual_seed(used + group)
+        heads, parts = 2 * group, used + 2
+        m = torch.randn(heads, parts, generator=generator) * 3
+        l = torch.rand(heads, parts, generator=generator) + 0.5
+        sums = torch.randn(heads, parts, dim, generator=generator)
+        if axes["empty"] is not None and used > 1:
+            at = range(used)[axes["empty"]]
+            m[:, at], l[:, at], sums[:, at] = -torch.inf, 0, 0
+        m[:, used:] = l[:, used:] = sums[:, used:] = torch.nan
+        sinks = torch.randn(heads, generator=generator).to(dtype) if axes["sinks"] else None
+        out = torch.full((heads + 1, dim), 7.0, dtype=dtype)
+        rotated = axes["form"] == "rotated"
+        merge_kernel[(2,)](
+            out, torch.stack((m, l), -1), sums, out if sinks is None else sinks, used, parts, unit, group,
+            HAS_SINKS=sinks is not None, ROTATED=rotated,
+            DTYPE="bf16" if dtype == torch.bfloat16 else "fp16", D=dim,
+            APART=axes["form"] == "apart" and dim == 128,
+        )  # fmt: skip
+        exponent = m[:, :used].double() * unit
+        weights = torch.exp2(exponent - exponent.amax(1, keepdim=True))
+        total = (weights * l[:, :used]).sum(1)
+        if sinks is not None:
+            total += torch.exp2(sinks.double() * np.log2(np.e) - exponent.amax(1))
+        expected = (weights[:, :, None] * sums[:, :used]).sum(1) / total[:, None]
+        expected = reference.hadamard(expected) if rotated else expected
+        torch.testing.assert_close(out[:-1], expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        assert (out[-1] == 7).all()
 
     @pytest.mark.parametrize("axes", PREFILL, ids=label)
     def test_prefill(axes: dict) -> None:
