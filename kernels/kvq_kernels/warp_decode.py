@@ -239,7 +239,7 @@ def _sum_over_groups(x):
 
 @triton.jit
 def _join(m, l, sums, part, i: tl.constexpr, weighted, unit):
-    """Head 2t + i of a part (see `ptx.load_part`) joins what is merged; `weighted` by 1, or by 0: not at all."""
+    """Head 2t + i of a part (see `ptx.load_part`) joins what is merged, weighted by 1, or 0: not at all."""
     top = tl.maximum(m, part[2 * i])
     old, new = tl.exp2((m - top) * unit), tl.exp2((part[2 * i] - top) * unit) * weighted
     joined = ()
