@@ -29,6 +29,7 @@ from kvq_kernels.exponent import LOG2E, cap, exponent_unit
 from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
+from kvq_kernels.warp_ptx import part_floats
 
 _MIN_TILES = 2
 """Tiles of tokens that a split has at least: below that, starting a program costs more than its work."""
@@ -406,14 +407,17 @@ def paged_decode(
         out = torch.empty(requests, query_heads, value_dim, dtype=query.dtype, device=device)
     if not requests:
         return out
-    partial = torch.empty(requests, query_heads, parts, value_dim, dtype=torch.float32, device=device)
+    merge = by_warps and raw is None and warp_decode.merges(layout, out, splits)
+    per_part = (
+        (layout.num_kv_heads, parts, part_floats(value_dim)) if merge else (query_heads, parts, value_dim)
+    )
+    partial = torch.empty(requests, *per_part, dtype=torch.float32, device=device)
     partial2 = torch.empty_like(partial) if layout.value.scheme == "qjl" else partial
     stats = torch.empty(requests, query_heads, parts, 2, dtype=torch.float32, device=device)
     matrix, matrix2 = key_matrices(layout.key, key_dim, query.dtype, device)
     sink, recent = (0, 0) if raw is None else (raw.sink, raw.recent)
     first_part = 0
     if by_warps:
-        merge = raw is None and warp_decode.merges(layout, out, splits)
         warp_decode.launch(
             query, pages, block_tables, context_lens, layout, partial, stats, out,
             scale=scale, softcap=softcap, window=window, sinks=sinks, sink=sink, recent=recent, splits=splits,

@@ -252,29 +252,34 @@ def _join(m, l, sums, part, i: tl.constexpr, weighted, unit):
 
 
 @triton.jit
-def _load_part(stats, partial, row0, row1, at, D: tl.constexpr, APART: tl.constexpr):
-    """Rows of both heads in stats [.., 2] and partial [.., D], the lane's first dim in a row."""
-    COUNT: tl.constexpr = 4 + D // 4
-    return tl.inline_asm_elementwise(
-        ptx.load_part(D, APART), ptx.constraints("f" * COUNT, "llll"),
-        (
-            (stats + row0 * 2).to(tl.int64), (stats + row1 * 2).to(tl.int64),
-            (partial + row0 * D + at).to(tl.int64), (partial + row1 * D + at).to(tl.int64),
-        ),
-        dtype=ptx.types(COUNT, tl.float32), is_pure=False, pack=1,
+def _store_part(at, m0, l0, m1, l1, sums, D: tl.constexpr):
+    tl.inline_asm_elementwise(
+        ptx.store_part(D), ptx.constraints("r", "l" + "f" * (4 + D // 4)),
+        (at.to(tl.int64), m0, l0, m1, l1) + sums, dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
-def merge_parts(stats, partial, row0, row1, used, at, unit, D: tl.constexpr, APART: tl.constexpr):
-    """`used` parts of heads 2t and 2t + 1 from these rows on -> m, l and undivided sums; two at a time."""
+def _load_part(at, D: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        ptx.load_part(D), ptx.constraints("f" * (4 + D // 4), "l"), [at.to(tl.int64)],
+        dtype=ptx.types(4 + D // 4, tl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_parts(scratch, used, unit, D: tl.constexpr):
+    """`used` parts, as `_store_part` leaves them -> m and l of heads 2t and 2t + 1, and their undivided sums.
+
+    Two are loaded at a time.
+    """
     zero = unit * 0.0 + tl.zeros((32,), tl.float32)
     m0, m1, l0, l1, sums = zero + ptx.NO_MAXIMUM, zero + ptx.NO_MAXIMUM, zero, zero, (zero,) * (D // 4)
+    at = scratch + tl.arange(0, 32) * 4
     for i in range(0, used, 2):
         j = tl.minimum(i + 1, used - 1)
         there = (j - i).to(tl.float32)
-        part = _load_part(stats, partial, row0 + i, row1 + i, at, D, APART)
-        next_ = _load_part(stats, partial, row0 + j, row1 + j, at, D, APART)
+        part, next_ = _load_part(at + i * ptx.part_floats(D), D), _load_part(at + j * ptx.part_floats(D), D)
         m0, l0, sums = _join(m0, l0, sums, part, 0, 1.0, unit)
         m1, l1, sums = _join(m1, l1, sums, part, 1, 1.0, unit)
         m0, l0, sums = _join(m0, l0, sums, next_, 0, there, unit)
@@ -283,11 +288,11 @@ def merge_parts(stats, partial, row0, row1, used, at, unit, D: tl.constexpr, APA
 
 
 @triton.jit
-def _final_factor(m, l, sinks, head, unit, HAS_SINKS: tl.constexpr):
+def _final_factor(m, l, sinks, head, exists, unit, HAS_SINKS: tl.constexpr):
     """What sums are multiplied by in the end."""
     factor = l * 0.0 + 1.0
     if HAS_SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * (LOG2E / unit)
+        sink = tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * (LOG2E / unit)
         top = tl.maximum(m, sink)
         factor = tl.exp2((m - top) * unit)
         l = l * factor + tl.exp2((sink - top) * unit)
@@ -302,8 +307,8 @@ def store_output(
 ):  # fmt: skip
     """Divide, rotate back, and store at the lane's first dim of both heads."""
     NORM: tl.constexpr = D**-0.5 if ROTATED else 1.0
-    factor0 = _final_factor(m0, l0, sinks, head0, unit, HAS_SINKS) * NORM
-    factor1 = _final_factor(m1, l1, sinks, head1, unit, HAS_SINKS) * NORM
+    factor0 = _final_factor(m0, l0, sinks, head0, exists0, unit, HAS_SINKS) * NORM
+    factor1 = _final_factor(m1, l1, sinks, head1, exists1, unit, HAS_SINKS) * NORM
     final = ()
     for i in tl.static_range(D // 4):
         final = final + (sums[i] * (factor0 if i % 2 == 0 else factor1),)  # type: ignore[assignment]
@@ -480,38 +485,39 @@ def _warp_decode_kernel(
         sums = sums + (total + (bias0 if i % 2 == 0 else bias1),)  # type: ignore[assignment]
     APART: tl.constexpr = W == 8
     at = g * (8 if APART else D // 8)
-    # lanes of heads that don't exist read the last one's
-    head0, head1 = tl.minimum(head0, group - 1), tl.minimum(head1, group - 1)
-    row0, row1 = (row + head0) * parts, (row + head1) * parts
-    used = tl.cdiv(tiles, share)
-    if not MERGE or used > 1:
-        tl.store(stats + (row0 + part) * 2, m0, mask=exists0 & (g == 0))
-        tl.store(stats + (row0 + part) * 2 + 1, l0, mask=exists0 & (g == 0))
-        tl.store(stats + (row1 + part) * 2, m1, mask=exists1 & (g == 0))
-        tl.store(stats + (row1 + part) * 2 + 1, l1, mask=exists1 & (g == 0))
+    if not MERGE:
+        row0, row1 = (row + head0) * parts + part, (row + head1) * parts + part
+        tl.store(stats + row0 * 2, m0, mask=exists0 & (g == 0))
+        tl.store(stats + row0 * 2 + 1, l0, mask=exists0 & (g == 0))
+        tl.store(stats + row1 * 2, m1, mask=exists1 & (g == 0))
+        tl.store(stats + row1 * 2 + 1, l1, mask=exists1 & (g == 0))
         tl.inline_asm_elementwise(
             ptx.store_sums(D, APART), ptx.constraints("r", "llrr" + "f" * (D // 4)),
             (
-                (partial + (row0 + part) * D + at).to(tl.int64),
-                (partial + (row1 + part) * D + at).to(tl.int64),
+                (partial + row0 * D + at).to(tl.int64),
+                (partial + row1 * D + at).to(tl.int64),
                 exists0.to(tl.int32),
                 exists1.to(tl.int32),
             )
             + sums,
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-        if not MERGE:
-            return
+        return
+    used = tl.cdiv(tiles, share)
+    if used > 1:
+        pair = request * HEADS + head
+        scratch = partial + pair * (parts * ptx.part_floats(D))
+        _store_part(scratch + part * ptx.part_floats(D) + lane * 4, m0, l0, m1, l1, sums, D)
         before = tl.inline_asm_elementwise(
-            ptx.arrive(), "=&r,l,r", [(counters + request * HEADS + head).to(tl.int64), used - 1],
+            ptx.arrive(), "=&r,l,r", [(counters + pair).to(tl.int64), used - 1],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
         if before < used - 1:
             return
-        m0, m1, l0, l1, sums = merge_parts(stats, partial, row0, row1, used, at, unit, D, APART)
+        m0, m1, l0, l1, sums = merge_parts(scratch, used, unit, D)
     store_output(
         out + head0 * out_head_stride + at, out + head1 * out_head_stride + at, exists0, exists1,
-        m0, m1, l0, l1, sums, sinks, head * group + head0, head * group + head1, unit,
+        m0, m1, l0, l1, sums, sinks + head * group, head0, head1, unit,
         HAS_SINKS, VALUE_ROTATED, DTYPE, D, APART,
     )  # fmt: skip
 
@@ -583,8 +589,10 @@ def launch(
     merge: bool,
     leave: bool,
 ) -> None:
-    """Parts 0 … splits - 1 of all requests, as `paged_decode` describes partial and stats; or, to `merge`,
-    the output."""
+    """Parts 0 … splits - 1 of all requests to partial and stats, as `_merge_kernel` reads them.
+
+    Or, to `merge`, the output; partial [B, Hkv, splits, ptx.part_floats(D)] is scratch then.
+    """
     requests, query_heads, head_dim = query.shape
     heads = layout.num_kv_heads
     key, value = _schemes(layout)

@@ -378,6 +378,12 @@ def step_state(dim: int) -> int:
     return 7 + dim // 4
 
 
+@triton.constexpr_function
+def part_floats(dim: int) -> int:
+    """What a program leaves for whoever merges: m and l of two heads and their sums, of every lane."""
+    return 32 * (4 + dim // 4)
+
+
 class _Blocks:
     """One method for each block of the kernel: operands are outputs, then inputs.
 
@@ -731,18 +737,21 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def load_part(dim: int, apart: bool) -> str:
-        """What a program has stored, past the L1 cache. Outputs: m, l of head 2t, of head 2t + 1, and the
-        sums in the order of the state. Inputs: 64-bit addresses of both heads' m, and of both heads' sums at
-        the lane's first dim."""
-        code, count = _Code(), dim // 4
-        outputs, pointers = code.operands(0, 4 + count), code.operands(4 + count, 4)
-        for head, values in enumerate(by_head(outputs[4:])):
-            both = ", ".join(outputs[2 * head : 2 * head + 2])
-            code.add(f"ld.global.cg.v2.f32 {{{both}}}, [{pointers[head]}]")
-            for i in range(0, len(values), 4):
-                group, at = ", ".join(values[i : i + 4]), 4 * place(i, dim, apart)
-                code.add(f"ld.global.cg.v4.f32 {{{group}}}, [{pointers[2 + head]}+{at}]")
+    def store_part(dim: int) -> str:
+        """m and l of two heads and their sums -> memory, in the lanes' own order. Inputs: the lane's 64-bit
+        address, 16 bytes from the next one's, and 4 + dim / 4 numbers. One output, for form's sake."""
+        code, values = _Code(), _Code.operands(2, 4 + dim // 4)
+        for i in range(0, len(values), 4):
+            code.add(f"st.global.v4.f32 [$1+{128 * i}], {{{', '.join(values[i : i + 4])}}}")
+        code.add("mov.b32 $0, 0")
+        return code.text()
+
+    @staticmethod
+    def load_part(dim: int) -> str:
+        """What `store_part` has stored, past the L1 cache. Input: the lane's address."""
+        code, values = _Code(), _Code.operands(0, 4 + dim // 4)
+        for i in range(0, len(values), 4):
+            code.add(f"ld.global.cg.v4.f32 {{{', '.join(values[i : i + 4])}}}, [${len(values)}+{128 * i}]")
         return code.text()
 
     @staticmethod
@@ -750,17 +759,20 @@ class _Blocks:
         """The same as `store_sums` in `dtype`, after √D · H where `rotated`; the first input is the lane."""
         code = _Code()
         lane, pointers, exist = "$1", code.operands(2, 2), code.operands(4, 2)
-        for pointer, exists, values in zip(pointers, exist, by_head(code.operands(6, dim // 4)), strict=True):
+        for head, values in enumerate(by_head(code.operands(6, dim // 4))):
+            predicate, any_lane = code.guard(exist[head]), code.new("p")
+            code.add(f"vote.sync.any.pred {any_lane}, {predicate}, 0xffffffff")
+            code.add(f"@!{any_lane} bra.uni STORED{head}")
             if rotated:
                 values = code.butterflies(values, lane, (4, 8, 16))
-            predicate = code.guard(exists)
             pairs = [
                 code.do(f"cvt.rn.{'bf' if dtype == 'bf16' else 'f'}16x2.f32", values[i + 1], values[i])
                 for i in range(0, len(values), 2)
             ]
             for i in range(0, len(pairs), 4):
                 group, at = ", ".join(pairs[i : i + 4]), 2 * place(2 * i, dim, apart)
-                code.add(f"@{predicate} st.global.v4.b32 [{pointer}+{at}], {{{group}}}")
+                code.add(f"@{predicate} st.global.v4.b32 [{pointers[head]}+{at}], {{{group}}}")
+            code.lines.append(f"STORED{head}:")
         code.add("mov.b32 $0, 0")
         return code.text()
 
@@ -878,8 +890,13 @@ def store_sums(dim: int, apart: bool) -> str:
 
 
 @triton.constexpr_function
-def load_part(dim: int, apart: bool) -> str:
-    return _Blocks().load_part(dim, apart)
+def store_part(dim: int) -> str:
+    return _Blocks().store_part(dim)
+
+
+@triton.constexpr_function
+def load_part(dim: int) -> str:
+    return _Blocks().load_part(dim)
 
 
 @triton.constexpr_function

@@ -75,13 +75,15 @@ def run_warp(assembly: str, outputs: int, *inputs: np.ndarray) -> list[np.ndarra
         return value(text).view(np.float32)
 
     for line in assembly.strip("{}\n").split(";"):
-        line = line.strip()
+        line = line.split(":")[-1].strip()
+        if " bra" in line:  # what is skipped stores nothing
+            continue
         active = np.full(32, True)
         if line.startswith("@"):
             guard, line = line.split(" ", 1)
             active = names[guard[1:]]
         name, _, rest = line.partition(" ")
-        if name in ("", ".reg"):
+        if name in ("", ".reg") or name.startswith("vote"):
             continue
         vector = re.search(r"\{(.*?)\}", rest)
         words = [x.strip() for x in vector[1].split(",")] if vector else []

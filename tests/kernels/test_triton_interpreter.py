@@ -5,6 +5,7 @@ holds one test for each half of the cases, which starts pytest on this file agai
 The interpreter knows no bf16 products: bf16 is tested on a GPU.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -153,23 +154,19 @@ else:
 
     @triton.jit
     def merge_kernel(
-        out, stats, partial, sinks, used, parts, unit, group,
+        out, scratch, sinks, used, parts, unit, group,
         HAS_SINKS: tl.constexpr, ROTATED: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr,
         APART: tl.constexpr,
     ):  # fmt: skip
         """A kv head a program, as the last of the programs that decode it does."""
-        lane = tl.arange(0, 32)
-        at = lane // 4 * (8 if APART else D // 8)
-        first = tl.program_id(0) * group
+        lane, pair = tl.arange(0, 32), tl.program_id(0)
+        scratch += pair * parts * warp_decode.ptx.part_floats(D)
+        m0, m1, l0, l1, sums = warp_decode.merge_parts(scratch, used, unit, D)
         head0, head1 = lane % 4 * 2, lane % 4 * 2 + 1
-        exists0, exists1 = head0 < group, head1 < group
-        head0, head1 = first + tl.minimum(head0, group - 1), first + tl.minimum(head1, group - 1)
-        m0, m1, l0, l1, sums = warp_decode.merge_parts(
-            stats, partial, head0 * parts, head1 * parts, used, at, unit, D, APART
-        )
+        at = out + pair * group * D + lane // 4 * (8 if APART else D // 8)
         warp_decode.store_output(
-            out + head0 * D + at, out + head1 * D + at, exists0, exists1, m0, m1, l0, l1, sums,
-            sinks, head0, head1, unit, HAS_SINKS, ROTATED, DTYPE, D, APART,
+            at + head0 * D, at + head1 * D, head0 < group, head1 < group, m0, m1, l0, l1, sums,
+            sinks + pair * group, head0, head1, unit, HAS_SINKS, ROTATED, DTYPE, D, APART,
         )  # fmt: skip
 
     MERGES = pairwise(
@@ -201,12 +198,25 @@ else:
         m[:, used:] = l[:, used:] = sums[:, used:] = torch.nan
         sinks = torch.randn(heads, generator=generator).to(dtype) if axes["sinks"] else None
         out = torch.full((heads + 1, dim), 7.0, dtype=dtype)
-        rotated = axes["form"] == "rotated"
+        rotated, apart = axes["form"] == "rotated", axes["form"] == "apart" and dim == 128
+        per_lane = torch.full((2, parts, 32, 4 + dim // 4), torch.nan)
+        for lane, head in itertools.product(range(32), range(8)):
+            if head < group and head // 2 == lane % 4:
+                start, count, rows = (
+                    lane // 4 * (8 if apart else dim // 8),
+                    dim // 8,
+                    slice(head, None, group),
+                )
+                dims = [start + warp_decode.ptx.place(i, dim, apart) for i in range(count)]
+                of_head = torch.stack((m, l), -1)[rows], sums[rows][..., dims]
+                order = warp_decode.ptx.by_head(range(dim // 4))[head % 2]
+                per_lane[:, :, lane, 2 * (head % 2) : 2 * (head % 2) + 2] = of_head[0]
+                per_lane[:, :, lane, [4 + i for i in order]] = of_head[1]
+        scratch = per_lane.unflatten(-1, (-1, 4)).movedim(-2, -3).contiguous()
         merge_kernel[(2,)](
-            out, torch.stack((m, l), -1), sums, out if sinks is None else sinks, used, parts, unit, group,
+            out, scratch, out if sinks is None else sinks, used, parts, unit, group,
             HAS_SINKS=sinks is not None, ROTATED=rotated,
-            DTYPE="bf16" if dtype == torch.bfloat16 else "fp16", D=dim,
-            APART=axes["form"] == "apart" and dim == 128,
+            DTYPE="bf16" if dtype == torch.bfloat16 else "fp16", D=dim, APART=apart,
         )  # fmt: skip
         exponent = m[:, :used].double() * unit
         weights = torch.exp2(exponent - exponent.amax(1, keepdim=True))
