@@ -22,7 +22,7 @@ _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
-_MOST_MERGED = 16
+_MOST_MERGED = 8
 """Parts that one warp merges: with more, its loads take longer than a second launch."""
 _COUNTERS = 1 << 14
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -352,8 +352,10 @@ def _warp_decode_kernel(
         dtype=ptx.types(D // 8, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
     context = tl.load(context_lens + request)
-    if context < 0:  # never: without a branch ptxas waits for the length before it asks for those
-        return
+    tl.inline_asm_elementwise(
+        ptx.await_query(D), ptx.constraints("r", "r" * (1 + D // 8)), (context,) + words,
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
     low = SINK
     if WINDOW:
         low = tl.maximum(context - window, SINK)

@@ -499,6 +499,19 @@ class _Blocks:
         return code.text()
 
     @staticmethod
+    def await_query(dim: int) -> str:
+        """Wait for the query and the context's length at once: else ptxas asks for the query after the length
+        has come. Inputs: the length, never below zero, and the query's words; one output, for form's sake."""
+        code = _Code()
+        never, both = code.new("p"), "$1"
+        for word in code.operands(2, dim // 8)[::4]:  # one of each load
+            both = code.do("and.b32", both, word)
+        code.add(f"setp.lt.s32 {never}, {both}, 0")
+        code.add(f"@{never} exit")
+        code.add("mov.b32 $0, 0")
+        return code.text()
+
+    @staticmethod
     def prepare_query(scheme: str, dim: int, rotated: bool, dtype: str) -> str:
         """Words of head g -> the registers of `query_registers`, and of heads 2t, 2t + 1: unit, Σ high, Σ q.
 
@@ -867,6 +880,11 @@ def load_values(scheme: str, dim: int, step: int, tokens: int) -> str:
 @triton.constexpr_function
 def load_query(scheme: str, dim: int) -> str:
     return _Blocks().load_query(scheme, dim)
+
+
+@triton.constexpr_function
+def await_query(dim: int) -> str:
+    return _Blocks().await_query(dim)
 
 
 @triton.constexpr_function
