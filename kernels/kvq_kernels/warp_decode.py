@@ -22,8 +22,8 @@ _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
-_MOST_MERGED = 8
-"""Parts that one warp merges: with more, its loads take longer than a second launch."""
+_MOST_MERGED = 2
+"""Parts that one warp merges: with more, its loads and fences take longer than a second launch."""
 _COUNTERS = 1 << 14
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -320,10 +320,10 @@ def store_output(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles", "width"])
+@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles"])
 def _warp_decode_kernel(
     query, pages, tables, context_lens, partial, stats, out, sinks, counters,
-    query_stride, query_head_stride, out_stride, out_head_stride, page_stride, table_stride, width,
+    query_stride, query_head_stride, out_stride, out_head_stride, page_stride, table_stride,
     scale, softcap, window, splits, parts, group, min_tiles,
     MERGE: tl.constexpr, LEAVE: tl.constexpr, HAS_SINKS: tl.constexpr, VALUE_ROTATED: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
@@ -338,12 +338,6 @@ def _warp_decode_kernel(
     """
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, 32)
-    table = tables + request * table_stride
-    # with the context's length, which says where to begin, come the first pages' numbers
-    tl.inline_asm_elementwise(
-        ptx.prefetch(), "=r,l,r", [(table + lane).to(tl.int64), (lane < width).to(tl.int32)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
     g, t = lane // 4, lane % 4
     at = query + request * query_stride + (head * group + g) * query_head_stride + t * ptx.query_part(KEY, D)
     words = tl.inline_asm_elementwise(
@@ -352,10 +346,6 @@ def _warp_decode_kernel(
         dtype=ptx.types(D // 8, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
     context = tl.load(context_lens + request)
-    tl.inline_asm_elementwise(
-        ptx.await_query(D), ptx.constraints("r", "r" * (1 + D // 8)), (context,) + words,
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
     low = SINK
     if WINDOW:
         low = tl.maximum(context - window, SINK)
@@ -380,28 +370,25 @@ def _warp_decode_kernel(
             tl.store(place, nothing, mask=(every < group)[:, None] & (part == 0))
         return
 
-    # the first tile is on its way while the query is prepared: behind a branch, or ptxas would do that first
+    # the first tile is on its way while the query is prepared
     STEPS: tl.constexpr = T // 16
     ring = tl.inline_asm_elementwise(
         ptx.ring(ptx.tile_bytes(KEY, VALUE, D, T)), "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
     )
     targets, parts_at = _targets(ring, KEY, VALUE, D, T), _parts(ring, KEY, VALUE, D, T)
+    table = tables + request * table_stride
     block = pages + head.to(tl.int64) * BLOCK_BYTES
-    page = tl.load(table + first * T // P)
-    here = block + page.to(tl.int64) * page_stride
+    here = block + tl.load(table + first * T // P).to(tl.int64) * page_stride
     following = tl.load(table + tl.minimum(first + 1, last - 1) * T // P)
     sources = _sources(here, first * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
     for i in tl.static_range(STEPS):
         _copy(sources, targets, lane >= 0, i, KEY, VALUE, D)
 
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
-    prepared = (tl.zeros((32,), tl.int32),) * (QUERY + 6)
-    if page >= 0:
-        prepared = tl.inline_asm_elementwise(
-            ptx.prepare_query(KEY, D, ROTATED, DTYPE),
-            ptx.constraints("r" * (QUERY + 6), "r" * (D // 8 + 2)),
-            words + (t, t * 8), dtype=ptx.types(QUERY + 6, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
+    prepared = tl.inline_asm_elementwise(
+        ptx.prepare_query(KEY, D, ROTATED, DTYPE), ptx.constraints("r" * (QUERY + 6), "r" * (D // 8 + 2)),
+        words + (t, t * 8), dtype=ptx.types(QUERY + 6, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
     q = prepared[0:QUERY]
     unit0 = prepared[QUERY].to(tl.float32, bitcast=True) * _key_unit(KEY)
     unit1 = prepared[QUERY + 1].to(tl.float32, bitcast=True) * _key_unit(KEY)
@@ -552,7 +539,7 @@ def num_splits(requests: int, layout: PageLayout, longest: int, multiprocessors:
     return max(1, min(wanted, longest // _MIN_TOKENS, 128))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=None)
 def _counters(device: torch.device) -> Tensor:
     """How many programs of a request's kv head have finished: zeros again after every launch.
 
@@ -602,7 +589,7 @@ def launch(
     _warp_decode_kernel[(splits, heads, requests)](
         query, pages, block_tables, context_lens, partial, stats, out, stats if sinks is None else sinks,
         _counters(query.device), query.stride(0), query.stride(1), out.stride(0), out.stride(1),
-        pages.stride(0), block_tables.stride(0), block_tables.shape[1], scale, softcap, window,
+        pages.stride(0), block_tables.stride(0), scale, softcap, window,
         splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
         MERGE=merge, LEAVE=leave, HAS_SINKS=sinks is not None, VALUE_ROTATED=layout.value.rotated,
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,

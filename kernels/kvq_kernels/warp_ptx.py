@@ -499,19 +499,6 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def await_query(dim: int) -> str:
-        """Wait for the query and the context's length at once: else ptxas asks for the query after the length
-        has come. Inputs: the length, never below zero, and the query's words; one output, for form's sake."""
-        code = _Code()
-        never, both = code.new("p"), "$1"
-        for word in code.operands(2, dim // 8)[::4]:  # one of each load
-            both = code.do("and.b32", both, word)
-        code.add(f"setp.lt.s32 {never}, {both}, 0")
-        code.add(f"@{never} exit")
-        code.add("mov.b32 $0, 0")
-        return code.text()
-
-    @staticmethod
     def prepare_query(scheme: str, dim: int, rotated: bool, dtype: str) -> str:
         """Words of head g -> the registers of `query_registers`, and of heads 2t, 2t + 1: unit, Σ high, Σ q.
 
@@ -806,14 +793,6 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def prefetch() -> str:
-        """Bring what lies at a 64-bit address to the L1 cache, if wanted. One output, for form's sake."""
-        code = _Code()
-        code.add(f"@{code.guard('$2')} prefetch.global.L1 [$1]")
-        code.add("mov.b32 $0, 0")
-        return code.text()
-
-    @staticmethod
     def held_constants(scheme: str) -> str:
         """Lower halves of look-up tables, which `prmt` takes from a register alone, then 2 where keys of
         `scheme` let values be multiplied; the input is unused.
@@ -883,11 +862,6 @@ def load_query(scheme: str, dim: int) -> str:
 
 
 @triton.constexpr_function
-def await_query(dim: int) -> str:
-    return _Blocks().await_query(dim)
-
-
-@triton.constexpr_function
 def prepare_query(scheme: str, dim: int, rotated: bool, dtype: str) -> str:
     return _Blocks().prepare_query(scheme, dim, rotated, dtype)
 
@@ -925,11 +899,6 @@ def store_output(dim: int, apart: bool, rotated: bool, dtype: str) -> str:
 @triton.constexpr_function
 def arrive() -> str:
     return _Blocks().arrive()
-
-
-@triton.constexpr_function
-def prefetch() -> str:
-    return _Blocks().prefetch()
 
 
 @triton.constexpr_function

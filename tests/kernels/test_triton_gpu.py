@@ -151,12 +151,15 @@ def test_split_counts(codecs: str, splits: int) -> None:
     ],
     ids=str,
 )
-def test_last_warp_merges(codecs: str, head_dim: int, group: int, feature: dict) -> None:
+def test_last_warp_merges(
+    codecs: str, head_dim: int, group: int, feature: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As often as it runs, alone and in graphs, with as many parts as each context makes: the same bytes."""
     contexts = (1, 0, 129, 2500, 64, 700, 1000)
     case = case_of(codecs, head_dim, group, "plain", WIDE, contexts=contexts, **feature)
     problem = build(case, dispatch.store, dispatch.store_raw)
-    for splits in (1, 2, 5, warp_decode._MOST_MERGED, warp_decode._MOST_MERGED + 1):
+    monkeypatch.setattr(warp_decode, "_MOST_MERGED", 16)
+    for splits in (1, 2, 5, 16, 17):
 
         def step(out: torch.Tensor | None = None, splits: int = splits) -> torch.Tensor:
             return decode(problem, paged_decode.paged_decode, splits=splits, out=out)
@@ -189,8 +192,9 @@ def test_last_warp_merges(codecs: str, head_dim: int, group: int, feature: dict)
 
 
 @pytest.mark.parametrize("requests", [3, 300])
-def test_many_programs_merge(requests: int) -> None:
+def test_many_programs_merge(requests: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More programs than run at a time, arriving in any order, many times."""
+    monkeypatch.setattr(warp_decode, "_MOST_MERGED", 16)
     layout = PageLayout(get_codec("turbo"), get_codec("lm2"), 64, 4, 128, 128, WIDE)
     key, query = (torch.randn(n, heads, 128, device="cuda", dtype=WIDE) for n, heads in ((6400, 4), (1, 32)))
     pages = layout.empty_pages(101, "cuda")

@@ -169,6 +169,20 @@ else:
             sinks + pair * group, head0, head1, unit, HAS_SINKS, ROTATED, DTYPE, D, APART,
         )  # fmt: skip
 
+    @triton.jit
+    def copy_part_kernel(source, target, D: tl.constexpr):
+        lane = tl.arange(0, 32) * 4
+        part = warp_decode._load_part(source + lane, D)
+        warp_decode._store_part(target + lane, part[0], part[1], part[2], part[3], part[4:], D)
+
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_decode_stores_parts_as_it_loads_them(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tl, "inline_asm_elementwise", run_warp_assembly)
+        source = torch.randn(warp_decode.ptx.part_floats(head_dim))
+        target = torch.full((len(source) + 1,), 7.0)
+        copy_part_kernel[(1,)](source, target, head_dim)
+        assert torch.equal(target[:-1], source) and target[-1] == 7
+
     MERGES = pairwise(
         {
             "used": (1, 2, 3, 6),
