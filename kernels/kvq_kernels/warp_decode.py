@@ -5,7 +5,7 @@ unpacked numbers: see `warp_ptx.py` for which lane holds what. Of the programs t
 sequence, the last to finish merges, where there are few; else `paged_decode` does in a second launch.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -539,7 +539,7 @@ def num_splits(requests: int, layout: PageLayout, longest: int, multiprocessors:
     return max(1, min(wanted, longest // _MIN_TOKENS, 128))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _counters(device: torch.device) -> Tensor:
     """How many programs of a request's kv head have finished: zeros again after every launch.
 

@@ -150,7 +150,7 @@ else:
             )
             for x, kind in zip(results, types, strict=True)
         )
-        return tl.tuple(tensors) if len(tensors) > 1 else tensors[0]
+        return tensors if len(tensors) > 1 else tensors[0]
 
     @triton.jit
     def merge_kernel(
