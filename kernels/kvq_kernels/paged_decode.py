@@ -1,4 +1,5 @@
 """Decode: one query per request over its pages, split over the sequence, partials merged in a second launch.
+`warp_decode.py` merges few in the same one.
 
 One program serves all G query heads of a kv head, so that every byte of the cache is read once. This is the
 portable path: plain Triton, any architecture, every codec.
@@ -28,6 +29,7 @@ from kvq_kernels.exponent import LOG2E, cap, exponent_unit
 from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
+from kvq_kernels.warp_ptx import part_floats
 
 _MIN_TILES = 2
 """Tiles of tokens that a split has at least: below that, starting a program costs more than its work."""
@@ -383,7 +385,7 @@ def paged_decode(
     out: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """See `reference.paged_decode`; two launches, no look at device memory. `splits` overrides the choice."""
+    """See `reference.paged_decode`; no look at device memory. `splits` overrides the choice."""
     requests, query_heads, key_dim = query.shape
     assert key_dim == layout.key_dim and query.dtype == layout.dtype, (query.shape, query.dtype)
     assert context_lens.shape == (requests,) and block_tables.shape[0] == requests
@@ -405,7 +407,11 @@ def paged_decode(
         out = torch.empty(requests, query_heads, value_dim, dtype=query.dtype, device=device)
     if not requests:
         return out
-    partial = torch.empty(requests, query_heads, parts, value_dim, dtype=torch.float32, device=device)
+    merge = by_warps and raw is None and warp_decode.merges(layout, out, splits)
+    per_part = (
+        (layout.num_kv_heads, parts, part_floats(value_dim)) if merge else (query_heads, parts, value_dim)
+    )
+    partial = torch.empty(requests, *per_part, dtype=torch.float32, device=device)
     partial2 = torch.empty_like(partial) if layout.value.scheme == "qjl" else partial
     stats = torch.empty(requests, query_heads, parts, 2, dtype=torch.float32, device=device)
     matrix, matrix2 = key_matrices(layout.key, key_dim, query.dtype, device)
@@ -413,9 +419,12 @@ def paged_decode(
     first_part = 0
     if by_warps:
         warp_decode.launch(
-            query, pages, block_tables, context_lens, layout, partial, stats,
-            scale=scale, softcap=softcap, window=window, sink=sink, recent=recent, splits=splits,
+            query, pages, block_tables, context_lens, layout, partial, stats, out,
+            scale=scale, softcap=softcap, window=window, sinks=sinks, sink=sink, recent=recent, splits=splits,
+            merge=merge, leave=leave,
         )  # fmt: skip
+        if merge:
+            return out
         first_part = splits
     if first_part < parts:
         _decode_kernel[(parts - first_part, layout.num_kv_heads, requests)](

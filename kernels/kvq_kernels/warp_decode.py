@@ -1,11 +1,11 @@
 """Decode on sm_80 and newer, bound by memory: one warp a program, from the page's bytes to the matrix units.
 
 Tokens stream through a ring in shared memory, as they are, by asynchronous copies; no two lanes exchange
-unpacked numbers: see `warp_ptx.py` for which lane holds what. Parts of a sequence are merged by
-`paged_decode`'s second launch.
+unpacked numbers: see `warp_ptx.py` for which lane holds what. Of the programs that have a part of the same
+sequence, the last to finish merges, where there are few; else `paged_decode` does in a second launch.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -22,6 +22,9 @@ _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
+_MOST_MERGED = 2
+"""Parts that one warp merges: with more, its loads and fences take longer than a second launch."""
+_COUNTERS = 1 << 14
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -234,18 +237,105 @@ def _sum_over_groups(x):
     )
 
 
+@triton.jit
+def _join(m, l, sums, part, i: tl.constexpr, weighted, unit):
+    """Head 2t + i of a part (see `ptx.load_part`) joins what is merged, weighted by 1, or 0: not at all."""
+    top = tl.maximum(m, part[2 * i])
+    old, new = tl.exp2((m - top) * unit), tl.exp2((part[2 * i] - top) * unit) * weighted
+    joined = ()
+    for j in tl.static_range(len(sums)):
+        x = sums[j]
+        if j % 2 == i:
+            x = x * old + part[4 + j] * new
+        joined = joined + (x,)  # type: ignore[assignment]
+    return top, l * old + part[2 * i + 1] * new, joined
+
+
+@triton.jit
+def _store_part(at, m0, l0, m1, l1, sums, D: tl.constexpr):
+    tl.inline_asm_elementwise(
+        ptx.store_part(D), ptx.constraints("r", "l" + "f" * (4 + D // 4)),
+        (at.to(tl.int64), m0, l0, m1, l1) + sums, dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_part(at, D: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        ptx.load_part(D), ptx.constraints("f" * (4 + D // 4), "l"), [at.to(tl.int64)],
+        dtype=ptx.types(4 + D // 4, tl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_parts(scratch, used, unit, D: tl.constexpr):
+    """`used` parts, as `_store_part` leaves them -> m and l of heads 2t and 2t + 1, and their undivided sums.
+
+    Two are loaded at a time.
+    """
+    zero = unit * 0.0 + tl.zeros((32,), tl.float32)
+    m0, m1, l0, l1, sums = zero + ptx.NO_MAXIMUM, zero + ptx.NO_MAXIMUM, zero, zero, (zero,) * (D // 4)
+    at = scratch + tl.arange(0, 32) * 4
+    for i in range(0, used, 2):
+        j = tl.minimum(i + 1, used - 1)
+        there = (j - i).to(tl.float32)
+        part, next_ = _load_part(at + i * ptx.part_floats(D), D), _load_part(at + j * ptx.part_floats(D), D)
+        m0, l0, sums = _join(m0, l0, sums, part, 0, 1.0, unit)
+        m1, l1, sums = _join(m1, l1, sums, part, 1, 1.0, unit)
+        m0, l0, sums = _join(m0, l0, sums, next_, 0, there, unit)
+        m1, l1, sums = _join(m1, l1, sums, next_, 1, there, unit)
+    return m0, m1, l0, l1, sums
+
+
+@triton.jit
+def _final_factor(m, l, sinks, head, exists, unit, HAS_SINKS: tl.constexpr):
+    """What sums are multiplied by in the end."""
+    factor = l * 0.0 + 1.0
+    if HAS_SINKS:
+        sink = tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * (LOG2E / unit)
+        top = tl.maximum(m, sink)
+        factor = tl.exp2((m - top) * unit)
+        l = l * factor + tl.exp2((sink - top) * unit)
+    return factor / tl.where(l == 0, 1.0, l)
+
+
+@triton.jit
+def store_output(
+    out0, out1, exists0, exists1, m0, m1, l0, l1, sums, sinks, head0, head1, unit,
+    HAS_SINKS: tl.constexpr, ROTATED: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr,
+    APART: tl.constexpr,
+):  # fmt: skip
+    """Divide, rotate back, and store at the lane's first dim of both heads."""
+    NORM: tl.constexpr = D**-0.5 if ROTATED else 1.0
+    factor0 = _final_factor(m0, l0, sinks, head0, exists0, unit, HAS_SINKS) * NORM
+    factor1 = _final_factor(m1, l1, sinks, head1, exists1, unit, HAS_SINKS) * NORM
+    final = ()
+    for i in tl.static_range(D // 4):
+        final = final + (sums[i] * (factor0 if i % 2 == 0 else factor1),)  # type: ignore[assignment]
+    tl.inline_asm_elementwise(
+        ptx.store_output(D, APART, ROTATED, DTYPE), ptx.constraints("r", "rllrr" + "f" * (D // 4)),
+        (tl.arange(0, 32), out0.to(tl.int64), out1.to(tl.int64), exists0.to(tl.int32), exists1.to(tl.int32))
+        + final,
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles"])
 def _warp_decode_kernel(
-    query, pages, tables, context_lens, partial, stats,
-    query_stride, query_head_stride, page_stride, table_stride, scale, softcap, window,
-    splits, parts, group, min_tiles,
+    query, pages, tables, context_lens, partial, stats, out, sinks, counters,
+    query_stride, query_head_stride, out_stride, out_head_stride, page_stride, table_stride,
+    scale, softcap, window, splits, parts, group, min_tiles,
+    MERGE: tl.constexpr, LEAVE: tl.constexpr, HAS_SINKS: tl.constexpr, VALUE_ROTATED: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
     FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
-    """One part of one request's sequence and one kv head."""
+    """One part of one request's sequence and one kv head. MERGE: the last of them to come writes the output.
+
+    LEAVE: rows of context 0 are somebody else's.
+    """
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
@@ -262,15 +352,22 @@ def _warp_decode_kernel(
     high = context - RECENT
     first = low // T
     last = tl.maximum(tl.cdiv(high, T), first)
-    share = tl.maximum(tl.cdiv(last - first, splits), min_tiles)
+    tiles = last - first
+    share = tl.maximum(tl.cdiv(tiles, splits), min_tiles)
     first = first + part * share
     last = tl.minimum(first + share, last)
-    out = (request * HEADS + head) * group
+    row = (request * HEADS + head) * group
+    out += request * out_stride + head * group * out_head_stride
     if first >= last:
         every = tl.arange(0, 8)
-        nothing = stats + ((out + every) * parts + part) * 2
-        tl.store(nothing, tl.full((8,), float("-inf"), tl.float32), mask=every < group)
-        tl.store(nothing + 1, tl.zeros((8,), tl.float32), mask=every < group)
+        if not MERGE:
+            nothing = stats + ((row + every) * parts + part) * 2
+            tl.store(nothing, tl.full((8,), float("-inf"), tl.float32), mask=every < group)
+            tl.store(nothing + 1, tl.zeros((8,), tl.float32), mask=every < group)
+        elif not LEAVE:
+            place = out + every[:, None] * out_head_stride + tl.arange(0, D)[None, :]
+            nothing = tl.zeros((8, D), out.dtype.element_ty)
+            tl.store(place, nothing, mask=(every < group)[:, None] & (part == 0))
         return
 
     # the first tile is on its way while the query is prepared
@@ -363,34 +460,54 @@ def _warp_decode_kernel(
     # m, l and the sums of heads 2t and 2t + 1
     bias0, bias1 = _sum_over_groups(state[4]), _sum_over_groups(state[5])
     l0, l1 = _sum_over_groups(state[2]), _sum_over_groups(state[3])
-    into_m = 1.0 / exponent_unit(scale, CAP)
+    unit = exponent_unit(scale, CAP)
     head0, head1 = 2 * t, 2 * t + 1
     exists0, exists1 = head0 < group, head1 < group
-    at0, at1 = (out + head0) * parts + part, (out + head1) * parts + part
-    m0 = tl.where(l0 > 0, state[0] * into_m, tl.where(l0 == 0, float("-inf"), l0))
-    m1 = tl.where(l1 > 0, state[1] * into_m, tl.where(l1 == 0, float("-inf"), l1))
-    tl.store(stats + at0 * 2, m0, mask=exists0 & (g == 0))
-    tl.store(stats + at0 * 2 + 1, l0, mask=exists0 & (g == 0))
-    tl.store(stats + at1 * 2, m1, mask=exists1 & (g == 0))
-    tl.store(stats + at1 * 2 + 1, l1, mask=exists1 & (g == 0))
+    m0 = tl.where(l0 > 0, state[0] * (1.0 / unit), tl.where(l0 == 0, float("-inf"), l0))
+    m1 = tl.where(l1 > 0, state[1] * (1.0 / unit), tl.where(l1 == 0, float("-inf"), l1))
     factor = _value_unit(VALUE) / state[6]
-    final = ()
+    sums = ()
     for i in tl.static_range(STATE - 7):
         total = state[7 + i] * factor
         if VALUE == "int4" and i // 4 % 2 == 1:  # the upper nibble of a byte counts 16 times
             total = total * 0.0625
-        final = final + (total + (bias0 if i % 2 == 0 else bias1),)  # type: ignore[assignment]
-    PART_V: tl.constexpr = 8 if W == 8 else D // 8
-    tl.inline_asm_elementwise(
-        ptx.store_sums(D, W == 8), ptx.constraints("r", "llrr" + "f" * (STATE - 7)),
-        (
-            (partial + at0 * D + g * PART_V).to(tl.int64),
-            (partial + at1 * D + g * PART_V).to(tl.int64),
-            exists0.to(tl.int32),
-            exists1.to(tl.int32),
-        )
-        + final,
-        dtype=tl.int32, is_pure=False, pack=1,
+        sums = sums + (total + (bias0 if i % 2 == 0 else bias1),)  # type: ignore[assignment]
+    APART: tl.constexpr = W == 8
+    at = g * (8 if APART else D // 8)
+    if not MERGE:
+        row0, row1 = (row + head0) * parts + part, (row + head1) * parts + part
+        tl.store(stats + row0 * 2, m0, mask=exists0 & (g == 0))
+        tl.store(stats + row0 * 2 + 1, l0, mask=exists0 & (g == 0))
+        tl.store(stats + row1 * 2, m1, mask=exists1 & (g == 0))
+        tl.store(stats + row1 * 2 + 1, l1, mask=exists1 & (g == 0))
+        tl.inline_asm_elementwise(
+            ptx.store_sums(D, APART), ptx.constraints("r", "llrr" + "f" * (D // 4)),
+            (
+                (partial + row0 * D + at).to(tl.int64),
+                (partial + row1 * D + at).to(tl.int64),
+                exists0.to(tl.int32),
+                exists1.to(tl.int32),
+            )
+            + sums,
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        return
+    used = tl.cdiv(tiles, share)
+    if used > 1:
+        pair = request * HEADS + head
+        scratch = partial + pair * (parts * ptx.part_floats(D))
+        _store_part(scratch + part * ptx.part_floats(D) + lane * 4, m0, l0, m1, l1, sums, D)
+        before = tl.inline_asm_elementwise(
+            ptx.arrive(), "=&r,l,r", [(counters + pair).to(tl.int64), used - 1],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        if before < used - 1:
+            return
+        m0, m1, l0, l1, sums = merge_parts(scratch, used, unit, D)
+    store_output(
+        out + head0 * out_head_stride + at, out + head1 * out_head_stride + at, exists0, exists1,
+        m0, m1, l0, l1, sums, sinks + head * group, head0, head1, unit,
+        HAS_SINKS, VALUE_ROTATED, DTYPE, D, APART,
     )  # fmt: skip
 
 
@@ -422,6 +539,25 @@ def num_splits(requests: int, layout: PageLayout, longest: int, multiprocessors:
     return max(1, min(wanted, longest // _MIN_TOKENS, 128))
 
 
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """How many programs of a request's kv head have finished: zeros again after every launch.
+
+    Decodes of one device share them, so they must not overlap: one stream a device decodes. Made by the first
+    decode, which comes before any is captured, and kept: graphs hold its address.
+    """
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+
+
+def merges(layout: PageLayout, out: Tensor, splits: int) -> bool:
+    """Whether the launch writes the output itself."""
+    return (
+        splits <= _MOST_MERGED
+        and (splits == 1 or out.shape[0] * layout.num_kv_heads <= _COUNTERS)
+        and out.stride(0) % 8 == out.stride(1) % 8 == out.data_ptr() % 16 == 0
+    )
+
+
 def launch(
     query: Tensor,
     pages: Tensor,
@@ -430,23 +566,32 @@ def launch(
     layout: PageLayout,
     partial: Tensor,
     stats: Tensor,
+    out: Tensor,
     *,
     scale: float,
     softcap: float,
     window: int,
+    sinks: Tensor | None,
     sink: int,
     recent: int,
     splits: int,
+    merge: bool,
+    leave: bool,
 ) -> None:
-    """Parts 0 … splits - 1 of all requests, as `paged_decode` describes partial and stats."""
+    """Parts 0 … splits - 1 of all requests to partial and stats, as `_merge_kernel` reads them.
+
+    Or, to `merge`, the output; partial [B, Hkv, splits, ptx.part_floats(D)] is scratch then.
+    """
     requests, query_heads, head_dim = query.shape
     heads = layout.num_kv_heads
     key, value = _schemes(layout)
     tile, registers = _shape(key, value, head_dim)
     _warp_decode_kernel[(splits, heads, requests)](
-        query, pages, block_tables, context_lens, partial, stats,
-        query.stride(0), query.stride(1), pages.stride(0), block_tables.stride(0), scale, softcap, window,
+        query, pages, block_tables, context_lens, partial, stats, out, stats if sinks is None else sinks,
+        _counters(query.device), query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+        pages.stride(0), block_tables.stride(0), scale, softcap, window,
         splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
+        MERGE=merge, LEAVE=leave, HAS_SINKS=sinks is not None, VALUE_ROTATED=layout.value.rotated,
         KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
         META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,

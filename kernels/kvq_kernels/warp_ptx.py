@@ -158,6 +158,17 @@ def types(count: int, dtype: tl.dtype) -> tuple[tl.dtype, ...]:
     return (dtype,) * count
 
 
+def by_head(sums: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Sums in the order of the state -> those of head 2t and of head 2t + 1, in the order of dims."""
+    even, odd = ([sums[i + row + head] for row in (0, 2) for i in range(0, len(sums), 4)] for head in (0, 1))
+    return even, odd
+
+
+def place(i: int, dim: int, apart: bool) -> int:
+    """The lane's i-th dim, counted from its first: see `_Blocks.store_sums`."""
+    return i + 64 - dim // 16 if apart and i >= dim // 16 else i
+
+
 _EVEN_ODD = ("0x6420", "0x7531")
 """`prmt` selectors of the even and the odd bytes of two words."""
 
@@ -238,8 +249,9 @@ class _Code:
         self.add(f"setp.ne.s32 {predicate}, {operand}, 0")
         return predicate
 
-    def butterflies(self, x: list[str], t: str) -> list[str]:
-        """The Walsh-Hadamard transform over 4 lanes of len(x) numbers each, not normalised."""
+    def butterflies(self, x: list[str], lane: str, lane_bits: Iterable[int]) -> list[str]:
+        """The Walsh-Hadamard transform over lanes that differ in some bits, of len(x) numbers each, not
+        normalised."""
         step = 1
         while step < len(x):
             for i in range(len(x)):
@@ -248,8 +260,8 @@ class _Code:
                     x[i] = self.do("add.f32", a, b, kind="f")
                     x[i + step] = self.do("sub.f32", a, b, kind="f")
             step *= 2
-        for lane_bit in (1, 2):
-            sign, bit, predicate = self.new("f"), self.do("and.b32", t, str(lane_bit)), self.new("p")
+        for lane_bit in lane_bits:
+            sign, bit, predicate = self.new("f"), self.do("and.b32", lane, str(lane_bit)), self.new("p")
             self.add(f"setp.eq.s32 {predicate}, {bit}, 0")
             self.add(f"selp.f32 {sign}, {self.float(1.0)}, {self.float(-1.0)}, {predicate}")
             for i, own in enumerate(x):
@@ -364,6 +376,12 @@ def constraints(outputs: str, inputs: str) -> str:
 def step_state(dim: int) -> int:
     """Numbers that a step hands on: m, l and bias of two heads, the values' scale, and the sums."""
     return 7 + dim // 4
+
+
+@triton.constexpr_function
+def part_floats(dim: int) -> int:
+    """What a program leaves for whoever merges: m and l of two heads and their sums, of every lane."""
+    return 32 * (4 + dim // 4)
 
 
 class _Blocks:
@@ -506,7 +524,7 @@ class _Blocks:
                 code.add(f"mov.b32 {{{low}, {high}}}, {word}")
                 x += [code.do("cvt.f32.f16", half, kind="f") for half in (low, high)]
         if rotated:
-            x = code.butterflies(x, t)
+            x = code.butterflies(x, t, (1, 2))
         largest = code.do("abs.f32", x[0], kind="f")
         for value in x[1:]:
             largest = code.do("max.NaN.f32", largest, code.do("abs.f32", value, kind="f"), kind="f")
@@ -708,18 +726,70 @@ class _Blocks:
         """Sums of a lane, two heads -> memory. Inputs: 64-bit address of head 2t at the lane's first dim, the
         same of head 2t + 1, whether each exists, and the sums in the order of the state. The second half of
         the lane's dims follows the first, or lies `apart`, 64 further on. One output, for form's sake."""
-        code, tiles = _Code(), dim // 16
+        code = _Code()
         pointers, exist = code.operands(1, 2), code.operands(3, 2)
-        sums = code.operands(5, dim // 4)
-        for head in range(2):
-            predicate = code.guard(exist[head])
-            values = [sums[4 * i + row + head] for row in (0, 2) for i in range(tiles)]
+        for pointer, exists, values in zip(pointers, exist, by_head(code.operands(5, dim // 4)), strict=True):
+            predicate = code.guard(exists)
             for i in range(0, len(values), 4):
-                group, at = ", ".join(values[i : i + 4]), 4 * i
-                if apart and i >= tiles:
-                    at += 4 * (64 - tiles)
-                code.add(f"@{predicate} st.global.v4.f32 [{pointers[head]}+{at}], {{{group}}}")
+                group = ", ".join(values[i : i + 4])
+                code.add(f"@{predicate} st.global.v4.f32 [{pointer}+{4 * place(i, dim, apart)}], {{{group}}}")
         code.add("mov.b32 $0, 0")
+        return code.text()
+
+    @staticmethod
+    def store_part(dim: int) -> str:
+        """m and l of two heads and their sums -> memory, in the lanes' own order. Inputs: the lane's 64-bit
+        address, 16 bytes from the next one's, and 4 + dim / 4 numbers. One output, for form's sake."""
+        code, values = _Code(), _Code.operands(2, 4 + dim // 4)
+        for i in range(0, len(values), 4):
+            code.add(f"st.global.v4.f32 [$1+{128 * i}], {{{', '.join(values[i : i + 4])}}}")
+        code.add("mov.b32 $0, 0")
+        return code.text()
+
+    @staticmethod
+    def load_part(dim: int) -> str:
+        """What `store_part` has stored, past the L1 cache. Input: the lane's address."""
+        code, values = _Code(), _Code.operands(0, 4 + dim // 4)
+        for i in range(0, len(values), 4):
+            code.add(f"ld.global.cg.v4.f32 {{{', '.join(values[i : i + 4])}}}, [${len(values)}+{128 * i}]")
+        return code.text()
+
+    @staticmethod
+    def store_output(dim: int, apart: bool, rotated: bool, dtype: str) -> str:
+        """The same as `store_sums` in `dtype`, after √D · H where `rotated`; the first input is the lane."""
+        code = _Code()
+        lane, pointers, exist = "$1", code.operands(2, 2), code.operands(4, 2)
+        for head, values in enumerate(by_head(code.operands(6, dim // 4))):
+            predicate, any_lane = code.guard(exist[head]), code.new("p")
+            code.add(f"vote.sync.any.pred {any_lane}, {predicate}, 0xffffffff")
+            code.add(f"@!{any_lane} bra.uni STORED{head}")
+            if rotated:
+                values = code.butterflies(values, lane, (4, 8, 16))
+            pairs = [
+                code.do(f"cvt.rn.{'bf' if dtype == 'bf16' else 'f'}16x2.f32", values[i + 1], values[i])
+                for i in range(0, len(values), 2)
+            ]
+            for i in range(0, len(pairs), 4):
+                group, at = ", ".join(pairs[i : i + 4]), 2 * place(2 * i, dim, apart)
+                code.add(f"@{predicate} st.global.v4.b32 [{pointers[head]}+{at}], {{{group}}}")
+            code.lines.append(f"STORED{head}:")
+        code.add("mov.b32 $0, 0")
+        return code.text()
+
+    @staticmethod
+    def arrive() -> str:
+        """Count a program that has stored its part; the output is how many came before it, and the count
+        begins anew after the last. Inputs, the same in all lanes: the counter's 64-bit address, and how many
+        others there are. The last one's lanes may then load what all have stored."""
+        code = _Code()
+        first, last, before = code.new("p"), code.new("p"), code.new()
+        code.add("fence.acq_rel.gpu")
+        code.add("bar.warp.sync 0xffffffff")
+        code.add(f"setp.eq.u32 {first}, {code.do('mov.u32', '%laneid')}, 0")
+        code.add(f"@{first} atom.global.inc.u32 {before}, [$1], $2")
+        code.add(f"shfl.sync.idx.b32 $0, {before}, 0, 0x1f, 0xffffffff")
+        code.add(f"setp.eq.u32 {last}, $0, $2")
+        code.add(f"@{last} fence.acq_rel.gpu")
         return code.text()
 
     @staticmethod
@@ -809,6 +879,26 @@ def weigh(scheme: str, dim: int, multiply: bool) -> str:
 @triton.constexpr_function
 def store_sums(dim: int, apart: bool) -> str:
     return _Blocks().store_sums(dim, apart)
+
+
+@triton.constexpr_function
+def store_part(dim: int) -> str:
+    return _Blocks().store_part(dim)
+
+
+@triton.constexpr_function
+def load_part(dim: int) -> str:
+    return _Blocks().load_part(dim)
+
+
+@triton.constexpr_function
+def store_output(dim: int, apart: bool, rotated: bool, dtype: str) -> str:
+    return _Blocks().store_output(dim, apart, rotated, dtype)
+
+
+@triton.constexpr_function
+def arrive() -> str:
+    return _Blocks().arrive()
 
 
 @triton.constexpr_function

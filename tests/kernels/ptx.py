@@ -1,5 +1,6 @@
-"""The few PTX instructions that `unpack.py` uses, in numpy: its inline assembly runs on a CPU."""
+"""The few PTX instructions that inline assembly uses, in numpy: it runs on a CPU."""
 
+import ctypes
 import re
 
 import numpy as np
@@ -56,3 +57,75 @@ def _execute(operation: str, *x: np.ndarray) -> np.ndarray:
         "shl": np.left_shift,
         "shr": np.right_shift,
     }[name](*x)
+
+
+def run_warp(assembly: str, outputs: int, *inputs: np.ndarray) -> list[np.ndarray]:
+    """What merges in `warp_decode.py`, for 32 lanes: memory is the process's own, by 64-bit address.
+
+    Registers are uint32, whatever they hold; predicates are bool.
+    """
+    names = {f"${outputs + i}": np.ascontiguousarray(x) for i, x in enumerate(inputs)}
+
+    def value(text: str) -> np.ndarray:
+        if text in names:
+            return names[text]
+        return np.full(32, int(text.replace("0f", "0x"), 0), np.uint32)
+
+    def number(text: str) -> np.ndarray:
+        return value(text).view(np.float32)
+
+    for line in assembly.strip("{}\n").split(";"):
+        line = line.split(":")[-1].strip()
+        if " bra" in line:  # what is skipped stores nothing
+            continue
+        active = np.full(32, True)
+        if line.startswith("@"):
+            guard, line = line.split(" ", 1)
+            active = names[guard[1:]]
+        name, _, rest = line.partition(" ")
+        if name in ("", ".reg") or name.startswith("vote"):
+            continue
+        vector = re.search(r"\{(.*?)\}", rest)
+        words = [x.strip() for x in vector[1].split(",")] if vector else []
+        to, *x = [y.strip(" []") for y in re.sub(r"\{.*?\}", "", rest).split(",") if y.strip()]
+        if "global" in name:
+            base, _, offset = (x[0] if x else to).partition("+")
+            addresses = (value(base).astype(np.int64) + int(offset or 0))[active]
+            assert (addresses % (4 * len(words)) == 0).all(), "a vector that is not aligned"
+            for i, word in enumerate(words):
+                lanes = [ctypes.c_uint32.from_address(int(a) + 4 * i) for a in addresses]
+                if name.startswith("ld"):
+                    names[word] = np.array([lane.value for lane in lanes], np.uint32)
+                else:
+                    for lane, content in zip(lanes, value(word)[active], strict=True):
+                        lane.value = int(content)
+        elif name.startswith("shfl.sync.bfly"):
+            names[to] = value(x[0])[np.arange(32) ^ int(x[1])]
+        elif name.startswith("setp"):
+            a, b = value(x[0]), value(x[1])
+            names[to] = a == b if ".eq." in name else a != b
+        elif name.startswith("selp"):
+            names[to] = np.where(names[x[2]], value(x[0]), value(x[1]))
+        elif name.startswith("cvt.rn"):
+            halves = [_rounded(number(y), name.split(".")[2]) for y in x]
+            names[to] = halves[0] << np.uint32(16) | halves[1]
+        elif name.endswith(".f32"):
+            a, b, *c = map(number, x)
+            operation = name.split(".")[0]
+            result = {"add": a + b, "sub": a - b, "fma": a * b + (c[0] if c else 0)}[operation]
+            names[to] = result.astype(np.float32).view(np.uint32)
+        elif name == "and.b32":
+            names[to] = value(x[0]) & value(x[1])
+        elif name == "mov.b32":
+            names[to] = value(x[0])
+        else:
+            raise AssertionError(line)
+    return [names[f"${i}"] for i in range(outputs)]
+
+
+def _rounded(x: np.ndarray, kind: str) -> np.ndarray:
+    """Nearest fp16 or bf16 numbers, ties to even, as 16 bits."""
+    if kind == "f16x2":
+        return x.astype(np.float16).view(np.uint16).astype(np.uint32)
+    bits = x.view(np.uint32)
+    return bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)

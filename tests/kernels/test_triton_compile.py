@@ -78,7 +78,8 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
         biased = {"bias": key_bias(problem)} if name in BIASED else {}
         decode(problem, paged_decode.paged_decode, splits=4, **biased)
         monkeypatch.setattr(warp_decode, "has_products", lambda device: capability >= 80)
-        decode(problem, paged_decode.paged_decode, splits=4, **biased)
+        for splits in (warp_decode._MOST_MERGED, warp_decode._MOST_MERGED + 1):
+            decode(problem, paged_decode.paged_decode, splits=splits, **biased)
         prefill(chunked, paged_prefill.paged_prefill, **biased)
     specialized = name in SPECIALIZED_CASES and capability == 90
     history = "_history_gluon_kernel" if specialized else "_history_kernel"

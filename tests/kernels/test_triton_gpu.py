@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from kvq_core.codecs import get_codec
 from kvq_core.policies import CODEC_NAMES
-from kvq_kernels import dispatch, hadamard, reference
+from kvq_kernels import dispatch, hadamard, paged_decode, reference, warp_decode
 from kvq_kernels.layout import PageLayout, RawWindow
 from tests.kernels.naive import Case, build, check, decode, prefill
 
@@ -52,10 +52,7 @@ def run(case: Case, splits: int | None = None) -> None:
     if case.chunks:
         check(prefill(problem, dispatch.paged_prefill), problem)
     else:
-        changes = {} if splits is None else {"splits": splits}
-        from kvq_kernels.paged_decode import paged_decode
-
-        check(decode(problem, paged_decode, **changes), problem)
+        check(decode(problem, paged_decode.paged_decode, splits=splits), problem)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -138,6 +135,80 @@ def test_padded_head_dims(codecs: str, head_dim: int) -> None:
 @pytest.mark.parametrize("splits", [1, 2, 7, 64])
 def test_split_counts(codecs: str, splits: int) -> None:
     run(case_of(codecs, 128, 8, "all", WIDE, contexts=CONTEXTS), splits)
+
+
+@pytest.mark.parametrize(
+    ("codecs", "head_dim", "group", "feature"),
+    [
+        ("turbo:lm2", 128, 8, {}),
+        ("turbo:lm2", 64, 7, {"sinks": True, "softcap": 3.0}),
+        ("lm4:lm2", 128, 5, {"sinks": True}),
+        ("int4:int4", 128, 3, {"window": 200}),
+        ("int4:int4", 64, 1, {"sinks": True}),
+        ("fp8:int8", 128, 8, {"window": 1000, "softcap": 3.0}),
+        ("none:none", 128, 8, {"sinks": True}),
+        ("none:none", 64, 2, {}),
+    ],
+    ids=str,
+)
+def test_last_warp_merges(
+    codecs: str, head_dim: int, group: int, feature: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as it runs, alone and in graphs, with as many parts as each context makes: the same bytes."""
+    contexts = (1, 0, 129, 2500, 64, 700, 1000)
+    case = case_of(codecs, head_dim, group, "plain", WIDE, contexts=contexts, **feature)
+    problem = build(case, dispatch.store, dispatch.store_raw)
+    monkeypatch.setattr(warp_decode, "_MOST_MERGED", 16)
+    for splits in (1, 2, 5, 16, 17):
+
+        def step(out: torch.Tensor | None = None, splits: int = splits) -> torch.Tensor:
+            return decode(problem, paged_decode.paged_decode, splits=splits, out=out)
+
+        poison()
+        first = step()
+        check(first, problem)
+        for _ in range(3):
+            poison()
+            assert torch.equal(step(), first)
+        kept = step(torch.full_like(first, 7.0))
+        assert (kept[1] == 7).all() and torch.equal(kept[2:], first[2:])
+        out = torch.empty_like(first)
+        lens = torch.tensor(case.contexts, dtype=torch.int32, device="cuda")
+        arguments = problem.query, problem.pages, problem.tables, lens, problem.layout
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(3):
+                graphed = paged_decode.paged_decode(*arguments, splits=splits, **problem.options)
+        for _ in range(3):
+            graphed.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(graphed, first)
+        lens.copy_(lens.flip(0))
+        graph.replay()
+        lens.copy_(lens.flip(0))
+        graph.replay()
+        assert torch.equal(graphed, first), "counts began anew with other contexts"
+        assert not warp_decode._counters(out.device).any()
+
+
+@pytest.mark.parametrize("requests", [3, 300])
+def test_many_programs_merge(requests: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More programs than run at a time, arriving in any order, many times."""
+    monkeypatch.setattr(warp_decode, "_MOST_MERGED", 16)
+    layout = PageLayout(get_codec("turbo"), get_codec("lm2"), 64, 4, 128, 128, WIDE)
+    key, query = (torch.randn(n, heads, 128, device="cuda", dtype=WIDE) for n, heads in ((6400, 4), (1, 32)))
+    pages = layout.empty_pages(101, "cuda")
+    dispatch.store(key, key, pages, torch.arange(64, 6464, device="cuda"), layout)
+    tables = torch.arange(1, 101, dtype=torch.int32, device="cuda").expand(requests, -1).contiguous()
+    lens = torch.full((requests,), 6400, dtype=torch.int32, device="cuda")
+    for splits in (2, 7, 16):
+        for _ in range(20):
+            poison()
+            out = paged_decode.paged_decode(
+                query.expand(requests, -1, -1).contiguous(), pages, tables, lens, layout, scale=0.1,
+                splits=splits,
+            )  # fmt: skip
+            assert (out == out[:1]).all() and out.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
