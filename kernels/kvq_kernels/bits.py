@@ -71,19 +71,51 @@ def decode_e4m3(byte):
 
 
 @triton.jit
-def walsh(x, R: tl.constexpr, D: tl.constexpr):
-    """√D · H x for every row of x [R, D] float32, D up to 256.
+def _butterfly(x, stage: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
+    """Sums and differences of elements D / 2^(stage + 1) apart.
 
     An element's partner comes as what is left of their sum as integers: a copy where both lie in one thread,
     one exchange between lanes otherwise, whatever the layout, which stays what it was.
     """
     sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float32)
+    pairs = tl.reshape(x, (R, 2**stage, 2, D // 2 ** (stage + 1)))
+    bits = pairs.to(tl.int32, bitcast=True)
+    partner = (tl.sum(bits, 2)[:, :, None, :] - bits).to(tl.float32, bitcast=True)
+    return tl.reshape(partner + pairs * sign[None, None, :, None], (R, D))
+
+
+@triton.jit
+def walsh(x, R: tl.constexpr, D: tl.constexpr):
+    """√D · H x for every row of x [R, D] float32, D up to 256."""
     for stage in tl.static_range(8):
         if 2**stage < D:
-            pairs = tl.reshape(x, (R, 2**stage, 2, D // 2 ** (stage + 1)))
-            bits = pairs.to(tl.int32, bitcast=True)
-            partner = (tl.sum(bits, 2)[:, :, None, :] - bits).to(tl.float32, bitcast=True)
-            x = tl.reshape(partner + pairs * sign[None, None, :, None], (R, D))
+            x = _butterfly(x, stage, R, D)
+    return x
+
+
+@triton.jit
+def walsh_by_products(x, zero, R: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr):
+    """√D · H x + zero for every row of x [R, D] of 16 bits, as `load_rows` leaves it in LANES lanes.
+
+    A product with 16 × 16 signs takes the dims that lanes of four tell apart and dims 2 and 0: loaded chunks
+    are then its operands as they lie in registers (m16n8k16), and sums lie in the lanes of their dims.
+    """
+    OUTER: tl.constexpr = LANES // 4
+    INNER: tl.constexpr = D // (LANES * 8)
+    k = tl.arange(0, 16)
+    n = (k >> 1 & 3) << 2 | k >> 3 << 1 | k & 1  # a thread has columns 2t, 2t + 1, 2t + 8 and 2t + 9
+    odd = k[:, None] & n[None, :]
+    odd = (odd ^ odd >> 1 ^ odd >> 2 ^ odd >> 3) & 1
+    m = tl.arange(0, 2 * INNER * R * OUTER)
+    start = tl.where((m < R * OUTER) & (m % OUTER == 0), zero, 0.0)  # the first of those summed below
+    x = tl.permute(tl.reshape(x, (R, OUTER, 4, INNER, 2, 2, 2)), (3, 5, 0, 1, 2, 4, 6))
+    x = tl.reshape(x, (2 * INNER * R * OUTER, 16))
+    x = tl.dot(x, (1 - 2 * odd).to(x.dtype), tl.broadcast_to(start[:, None], x.shape))
+    x = tl.reshape(x, (INNER, 2, R, OUTER, 2, 4, 2))
+    x = tl.reshape(tl.permute(x, (2, 3, 5, 0, 4, 1, 6)), (R, D))
+    for stage in tl.static_range(8):
+        if 2**stage < OUTER or (2**stage >= LANES and 2**stage < D // 8) or 2**stage == D // 4:
+            x = _butterfly(x, stage, R, D)
     return x
 
 

@@ -240,7 +240,7 @@ def _store_rotated(
     ANCHOR: tl.constexpr, OFFSET: tl.constexpr, BYTES: tl.constexpr, META: tl.constexpr,
     D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Lloyd-Max codes of x [R, DP]: √D times the rotated vectors, zero beyond D."""
+    """Lloyd-Max codes of x [R, DP]: √D times the rotated vectors, zero beyond D, no zero before."""
     BITS: tl.constexpr = 2 if SCHEME == "lm2" else (4 if SCHEME == "lm4" else 3)
     size = tl.minimum(tl.abs(x), _LARGEST * D**0.5, propagate_nan=tl.PropagateNan.ALL)
     power = tl.sum(size * size, 1)
@@ -252,7 +252,6 @@ def _store_rotated(
         peak = tl.max(size, 1)
         unit, length = tl.where(norm == 0, 0.0, _over(1.0, peak)), peak * inverse
     size = size * unit[:, None]
-    sign = x * unit[:, None] - 1e-30  # zeros count as negative
 
     chosen = tl.full(norm.shape, CANDIDATES[0], tl.float32)
     dot, square, scale = _try(size, CANDIDATES[0], SCHEME, BITS, RESIDUAL, D)
@@ -275,28 +274,28 @@ def _store_rotated(
     if SCHEME == "qjl":
         rest = size - level
         scale = tl.sqrt(tl.sum(rest * rest, 1))
-        projected = tl.dot(_flip(rest, sign).to(tl.float16), load_square(projection, D, x.shape[1]))
+        projected = tl.dot(_flip(rest, x).to(tl.float16), load_square(projection, D, x.shape[1]))
     codes, meta = _place(base, page_stride, slot, OFFSET, BYTES, META, P)
     tl.store(meta, _to_half(factor), mask=mask)
     if SCHEME == "turbo" or SCHEME == "qjl":
         tl.store(meta + P, _to_half(scale), mask=mask)
         if SCHEME == "turbo":
             # the nibble above the middle of all sixteen, which a negative element has as far below it
-            code = _flip(index + tl.where(size >= level, 4.5, -3.5), sign)
+            code = _flip(index + tl.where(size >= level, 4.5, -3.5), x)
             words = _pack(code, 4, 4, 7.5)
         else:
-            code = _flip(index + 0.5, sign) + tl.where(projected >= 0, 8.0, 0.0)
+            code = _flip(index + 0.5, x) + tl.where(projected >= 0, 8.0, 0.0)
             words = _pack(code, 4, 4, 3.5)
         _store_words(codes, words, mask, 0, D // 4)
     elif SCHEME == "lm4":
-        _store_words(codes, _pack(_flip(index + 0.5, sign), 4, 4, 7.5), mask, 0, D // 4)
+        _store_words(codes, _pack(_flip(index + 0.5, x), 4, 4, 7.5), mask, 0, D // 4)
     elif SCHEME == "lm3":
-        _store_words(codes, _pack(_flip(index - 1.5, sign), 8, 2, 1.5), mask, 0, D // 8)
-        half = _flip(tl.full(sign.shape, 0.5, tl.float32), sign)
+        _store_words(codes, _pack(_flip(index - 1.5, x), 8, 2, 1.5), mask, 0, D // 8)
+        half = _flip(tl.full(x.shape, 0.5, tl.float32), x)
         _store_words(codes, _pack(half, 16, 1, 0.5), mask, D // 4, D // 16)
     else:
         # a byte that tells the larger magnitudes of 8 elements, and one that tells negative numbers
-        half = _flip(tl.full(sign.shape, 128.0, tl.float32), sign)
+        half = _flip(tl.full(x.shape, 128.0, tl.float32), x)
         _store_words(codes, _pack(index - half, 8, 1, 128.0), mask, 0, D // 8)
 
 

@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh
+from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh, walsh_by_products
 from kvq_kernels.codebook import qjl_projection
 from kvq_kernels.encode import load_rows, store_rows
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_LANES = 8
+_LANES = 4
 """Lanes that share a vector, where it is long enough: fewer have less to exchange, and more to do in turn."""
+_ZERO = tl.constexpr(-1e-30)
 _SMALL = 256
 """Tokens up to which a store is bound by latency."""
 _STEPS = 4
@@ -24,18 +25,19 @@ _STEPS = 4
 @triton.jit
 def _load(
     slots, base, stride, first, tokens, matrix, SCHEME: tl.constexpr, ROTATED: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """R rows of `base` -> [R, DP] zero beyond D and from row `tokens` on, times √D · H if ROTATED; slots [R].
 
-    Slots are asked for right after the rows, so that they arrive while these are encoded.
+    Rotated zeros are the least bit negative, as their codes have it. Slots are asked for right after the rows, so that they arrive while these are encoded.
     """
     token = first + tl.arange(0, R)
     rows = base + token.to(tl.int64) * stride
     mask = token < tokens
     if ROTATED and DP > D:  # sums and differences of halves need a power of two
         x = multiply_rows(rows, mask, matrix, D, DP, R, 32 if D % 32 == 0 else 16)
-        x = tl.where((tl.arange(0, DP) < D)[None, :], x, 0.0)  # NaN where an infinity met a zero
+        # NaN where an infinity met a zero
+        x = tl.where((tl.arange(0, DP) < D)[None, :], x + _ZERO, 0.0)
         slot = tl.load(slots + token, mask=mask, other=0)
     elif SCHEME == "none":
         d = tl.arange(0, DP)
@@ -44,8 +46,10 @@ def _load(
     else:
         x = load_rows(base, stride, first, tokens, D, DP, R, LANES)
         slot = tl.load(slots + token, mask=mask, other=0)
-        if ROTATED:
-            x = walsh(x.to(tl.float32), R, D)
+        if ROTATED and PRODUCTS and LANES >= 4:
+            x = walsh_by_products(x, _ZERO, R, D, LANES)
+        elif ROTATED:
+            x = walsh(x.to(tl.float32), R, D) + _ZERO
     return x, slot
 
 
@@ -62,7 +66,7 @@ def _store_kernel(
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
     DTYPE: tl.constexpr, HAS_E4M3: tl.constexpr, R: tl.constexpr, KEY_LANES: tl.constexpr,
-    VALUE_LANES: tl.constexpr, STEPS: tl.constexpr,
+    VALUE_LANES: tl.constexpr, STEPS: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """STEPS times R tokens of one kv head a program; K and V are programs of their own."""
     head = tl.program_id(1)
@@ -75,7 +79,7 @@ def _store_kernel(
             source = key + head * key_head_stride
             x, slot = _load(
                 slots, source, key_token_stride, first, tokens, key_rotation,
-                KEY, KEY_ROTATED, DK, DKP, R, KEY_LANES,
+                KEY, KEY_ROTATED, DK, DKP, R, KEY_LANES, PRODUCTS,
             )  # fmt: skip
             store_rows(
                 x, base, page_stride, slot, mask, key_projection, KEY, KEY_NORM, KEY_RESIDUAL,
@@ -85,7 +89,7 @@ def _store_kernel(
             target = value + head * value_head_stride
             y, slot = _load(
                 slots, target, value_token_stride, first, tokens, value_rotation,
-                VALUE, VALUE_ROTATED, DV, DVP, R, VALUE_LANES,
+                VALUE, VALUE_ROTATED, DV, DVP, R, VALUE_LANES, PRODUCTS,
             )  # fmt: skip
             store_rows(
                 y, base, page_stride, slot, mask, value_projection, VALUE, VALUE_NORM, VALUE_RESIDUAL,
@@ -174,6 +178,11 @@ def _tile(layout: PageLayout, tokens: int, lanes: int) -> tuple[int, int, int]:
     return 32 // lanes, 1, 1 if tokens <= _SMALL else _STEPS
 
 
+def _has_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether vectors are rotated by the matrix units, which multiply 16 bits."""
+    return dtype.itemsize == 2 and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0))
+
+
 def _has_e4m3(device: torch.device) -> bool:
     """Whether the GPU converts to e4m3."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -208,7 +217,7 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         DK=layout.key_dim, DKP=triton.next_power_of_2(layout.key_dim),
         DV=layout.value_dim, DVP=triton.next_power_of_2(layout.value_dim), P=layout.page_size,
         DTYPE=DTYPES[layout.dtype], HAS_E4M3=_has_e4m3(key.device), R=rows, KEY_LANES=lanes[0],
-        VALUE_LANES=lanes[1], STEPS=steps, num_warps=warps,
+        VALUE_LANES=lanes[1], STEPS=steps, PRODUCTS=_has_products(key.dtype, key.device), num_warps=warps,
     )  # fmt: skip
 
 
