@@ -121,7 +121,8 @@ def _place(
 
     Called last: slots, which nobody has read yet, arrive while vectors are encoded.
     """
-    block = base + (slot // P) * page_stride
+    slot = slot.to(tl.uint32)
+    block = base + (slot // P).to(tl.int64) * page_stride
     row = slot % P
     return block + OFFSET + row * BYTES, (block + META).to(tl.pointer_type(tl.float16), bitcast=True) + row
 
@@ -179,20 +180,21 @@ def _pick4(high, low, V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: 
 
 
 @triton.jit
-def _nearest(size, SCALE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
-    """size ≥ 0 -> index of the magnitude nearest to size · SCALE, float, and that magnitude, 0 beyond D.
+def _nearest(size, FIRST: tl.constexpr, SCALE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """size ≥ 0 -> FIRST + index of the magnitude nearest to size · SCALE, and that magnitude, 0 beyond D.
 
     A binary search; what is compared with next is picked by multiplying with 0 or 1.
     """
     if BITS == 2:
         A: tl.constexpr = _MAGNITUDES_2
-        index = (size > (A[0] + A[1]) / 2 / SCALE).to(tl.float32)
-        level = _pick2(index, A[0], A[1])
+        low = (size > (A[0] + A[1]) / 2 / SCALE).to(tl.float32)
+        index = low + FIRST
+        level = _pick2(low, A[0], A[1])
     elif BITS == 3:
         B: tl.constexpr = _MAGNITUDES_3
         high = (size > (B[1] + B[2]) / 2 / SCALE).to(tl.float32)
         low = (size > _pick2(high, (B[0] + B[1]) / 2 / SCALE, (B[2] + B[3]) / 2 / SCALE)).to(tl.float32)
-        index = 2 * high + low
+        index = (high * 2 + FIRST) + low
         level = _pick4(high, low, B[0], B[1], B[2], B[3])
     else:
         C: tl.constexpr = _MAGNITUDES_4
@@ -203,7 +205,7 @@ def _nearest(size, SCALE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
             (C[6] + C[7]) / 2 / SCALE,
         )  # fmt: skip
         low = (size > edge).to(tl.float32)
-        index = 4 * top + 2 * high + low
+        index = (high * 2 + (top * 4 + FIRST)) + low
         step = _pick4(top, high, C[1] - C[0], C[3] - C[2], C[5] - C[4], C[7] - C[6])
         level = low * step + _pick4(top, high, C[0], C[2], C[4], C[6])
     return index, _within(level, D)
@@ -215,9 +217,15 @@ def _try(
     D: tl.constexpr,
 ):  # fmt: skip
     """Of codes of size · SCALE: their product with size, their square, and turbo's residual scale, [R]."""
-    _, level = _nearest(size, SCALE, BITS, D)
-    dot = tl.sum(size * level, 1)
-    square = tl.sum(level * level, 1)
+    if BITS == 2:  # both follow from the larger magnitudes' number and sum
+        A: tl.constexpr = _MAGNITUDES_2
+        large = (size > (A[0] + A[1]) / 2 / SCALE).to(tl.float32)
+        dot = A[0] * tl.sum(size, 1) + (A[1] - A[0]) * tl.sum(large * size, 1)
+        square = A[0] * A[0] * D + (A[1] * A[1] - A[0] * A[0]) * tl.sum(large, 1)
+    else:
+        _, level = _nearest(size, 0.0, SCALE, BITS, D)
+        dot = tl.sum(size * level, 1)
+        square = tl.sum(level * level, 1)
     scale = dot * 0.0
     if SCHEME == "turbo":
         rest = size * SCALE - level
@@ -262,7 +270,8 @@ def _store_rotated(
         scale, dot = tl.where(better, scale2, scale), tl.where(better, dot2, dot)
         square = tl.where(better, square2, square)
     size = size * CANDIDATES[0] if len(CANDIDATES) == 1 else size * chosen[:, None]
-    index, level = _nearest(size, 1.0, BITS, D)
+    FIRST: tl.constexpr = -3.5 if SCHEME == "turbo" else (-1.5 if SCHEME == "lm3" else (0.0 if SCHEME == "lm2" else 0.5))
+    index, level = _nearest(size, FIRST, 1.0, BITS, D)
 
     factor = norm
     if NORM == "corrected":
@@ -281,16 +290,16 @@ def _store_rotated(
         tl.store(meta + P, _to_half(scale), mask=mask)
         if SCHEME == "turbo":
             # the nibble above the middle of all sixteen, which a negative element has as far below it
-            code = _flip(index + tl.where(size >= level, 4.5, -3.5), x)
+            code = _flip((size >= level).to(tl.float32) * 8 + index, x)
             words = _pack(code, 4, 4, 7.5)
         else:
-            code = _flip(index + 0.5, x) + tl.where(projected >= 0, 8.0, 0.0)
+            code = _flip(index, x) + tl.where(projected >= 0, 8.0, 0.0)
             words = _pack(code, 4, 4, 3.5)
         _store_words(codes, words, mask, 0, D // 4)
     elif SCHEME == "lm4":
-        _store_words(codes, _pack(_flip(index + 0.5, x), 4, 4, 7.5), mask, 0, D // 4)
+        _store_words(codes, _pack(_flip(index, x), 4, 4, 7.5), mask, 0, D // 4)
     elif SCHEME == "lm3":
-        _store_words(codes, _pack(_flip(index - 1.5, x), 8, 2, 1.5), mask, 0, D // 8)
+        _store_words(codes, _pack(_flip(index, x), 8, 2, 1.5), mask, 0, D // 8)
         half = _flip(tl.full(x.shape, 0.5, tl.float32), x)
         _store_words(codes, _pack(half, 16, 1, 0.5), mask, D // 4, D // 16)
     else:
