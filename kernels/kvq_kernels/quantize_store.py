@@ -28,8 +28,8 @@ def _load(
 ):  # fmt: skip
     """R rows of `base` -> [R, DP] zero beyond D and from row `tokens` on, times √D · H if ROTATED; slots [R].
 
-    Rotated zeros are the least bit negative, as their codes have it. Slots are asked for first, without a mask
-    that they would be waited for at, and arrive while vectors are encoded.
+    Rotated zeros are the least bit negative, as their codes have it. Slots are asked for first, without a
+    mask that they would be waited for at, and arrive while vectors are encoded.
     """
     token = first + tl.arange(0, R)
     rows = base + token.to(tl.int64) * stride
