@@ -177,9 +177,12 @@ def _tile(layout: PageLayout, tokens: int, lanes: int) -> tuple[int, int]:
     return 32 // lanes, 1
 
 
-def _has_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether vectors are rotated by the matrix units, which multiply 16 bits."""
-    return dtype.itemsize == 2 and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8)
+@lru_cache(maxsize=16)
+def has_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `tl.dot` uses the matrix units: not for float32 (IEEE), nor below sm_80: plain FMA there."""
+    if device.type != "cuda":
+        return dtype != torch.float32
+    return dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _has_e4m3(device: torch.device) -> bool:
@@ -216,7 +219,7 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         DK=layout.key_dim, DKP=triton.next_power_of_2(layout.key_dim),
         DV=layout.value_dim, DVP=triton.next_power_of_2(layout.value_dim), P=layout.page_size,
         DTYPE=DTYPES[layout.dtype], HAS_E4M3=_has_e4m3(key.device), R=rows, KEY_LANES=lanes[0],
-        VALUE_LANES=lanes[1], PRODUCTS=_has_products(key.dtype, key.device), num_warps=warps,
+        VALUE_LANES=lanes[1], PRODUCTS=has_products(key.dtype, key.device), num_warps=warps,
     )  # fmt: skip
 
 
