@@ -71,19 +71,55 @@ def decode_e4m3(byte):
 
 
 @triton.jit
-def walsh(x, R: tl.constexpr, D: tl.constexpr):
-    """√D · H x for every row of x [R, D] float32, D up to 256.
+def _butterfly(x, stage: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
+    """Sums and differences of elements D / 2^(stage + 1) apart.
 
     An element's partner comes as what is left of their sum as integers: a copy where both lie in one thread,
     one exchange between lanes otherwise, whatever the layout, which stays what it was.
     """
     sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float32)
+    pairs = tl.reshape(x, (R, 2**stage, 2, D // 2 ** (stage + 1)))
+    bits = pairs.to(tl.int32, bitcast=True)
+    partner = (tl.sum(bits, 2)[:, :, None, :] - bits).to(tl.float32, bitcast=True)
+    return tl.reshape(partner + pairs * sign[None, None, :, None], (R, D))
+
+
+@triton.jit
+def walsh(x, R: tl.constexpr, D: tl.constexpr):
+    """√D · H x for every row of x [R, D] float32, D up to 256."""
     for stage in tl.static_range(8):
         if 2**stage < D:
-            pairs = tl.reshape(x, (R, 2**stage, 2, D // 2 ** (stage + 1)))
-            bits = pairs.to(tl.int32, bitcast=True)
-            partner = (tl.sum(bits, 2)[:, :, None, :] - bits).to(tl.float32, bitcast=True)
-            x = tl.reshape(partner + pairs * sign[None, None, :, None], (R, D))
+            x = _butterfly(x, stage, R, D)
+    return x
+
+
+@triton.jit
+def walsh_by_products(x, zero, R: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr):
+    """√D · H x + zero for every row of x [R, D] of 16 bits, as `load_rows` leaves it in LANES lanes.
+
+    A product with 16 × 16 signs takes the dims of quarters and dims 2 and 0, in any number of lanes: what is
+    loaded are its operands as they lie in registers (m16n8k16), and sums lie in the lanes of their elements.
+    """
+    OUTER: tl.constexpr = LANES // 4
+    INNER: tl.constexpr = D // (LANES * 8)
+    NEAR: tl.constexpr = min(R, 8 // OUTER)  # rows among the lanes of a warp
+    FAR: tl.constexpr = R // NEAR
+    k = tl.arange(0, 16)
+    n = (k >> 1 & 3) << 2 | k >> 3 << 1 | k & 1  # a thread has columns 2t, 2t + 1, 2t + 8 and 2t + 9
+    odd = 0x6996 >> (k[:, None] & n[None, :])  # its last bit: whether the number of common bits is odd
+    ONE: tl.constexpr = 0x3F80 if x.dtype == tl.bfloat16 else 0x3C00
+    signs = (odd << 15 & 0x8000 | ONE).to(tl.uint16).to(x.dtype, bitcast=True)
+    m = tl.arange(0, INNER * R * 2 * OUTER)
+    first = (m < R * 2 * OUTER) & (m // (NEAR * OUTER) % 2 == 0) & (m % OUTER == 0)  # of those summed below
+    start = tl.where(first, zero, 0.0)
+    x = tl.permute(tl.reshape(x, (FAR, NEAR, 4, OUTER, INNER, 2, 2, 2)), (4, 0, 6, 1, 3, 2, 5, 7))
+    x = tl.reshape(x, (INNER * R * 2 * OUTER, 16))
+    x = tl.dot(x, signs, tl.broadcast_to(start[:, None], x.shape))
+    x = tl.reshape(x, (INNER, FAR, 2, NEAR, OUTER, 2, 4, 2))
+    x = tl.reshape(tl.permute(x, (1, 3, 6, 4, 0, 5, 2, 7)), (R, D))
+    for stage in tl.static_range(8):
+        if (stage >= 2 and 2**stage < D // 8) or 2**stage == D // 4:
+            x = _butterfly(x, stage, R, D)
     return x
 
 

@@ -12,11 +12,15 @@ import triton
 import triton.language as tl
 
 from kvq_kernels.bits import load_square
-from kvq_kernels.codebook import LARGEST, LEVELS
+from kvq_kernels.codebook import LARGEST, LEVELS, thresholds
 
 _MAGNITUDES_2 = tl.constexpr(LEVELS[2][2:])
 _MAGNITUDES_3 = tl.constexpr(LEVELS[3][4:])
 _MAGNITUDES_4 = tl.constexpr(LEVELS[4][8:])
+_SHARP = tl.constexpr(2.0**60)
+_EDGES_2 = tl.constexpr(tuple(-(2.0**60) * x for x in thresholds(2)[2:]))
+_EDGES_3 = tl.constexpr(tuple(-(2.0**60) * x for x in thresholds(3)[4:]))
+_EDGES_4 = tl.constexpr(tuple(-(2.0**60) * x for x in thresholds(4)[8:]))
 _LARGEST = tl.constexpr(LARGEST)
 
 
@@ -26,39 +30,52 @@ def load_rows(
 ):
     """Rows first … first + R - 1 of `base`, zero from row `tokens` on -> [R, DP], zero beyond D.
 
-    A row lies in LANES lanes of a warp. Chunks of 16 bytes a lane are loaded as tiles that leave Triton no
+    A row lies in LANES lanes of a warp, quarters of it in lanes 0 to 3 and others that differ by multiples of
+    4, which suits products of matrices. Chunks of 16 bytes a lane are loaded as tiles that leave Triton no
     other layout, whichever of the outer dims it gives lanes to first: rows stand on both sides of the lanes.
     """
     INNER: tl.constexpr = 32 // LANES if LANES * R >= 32 else R
     CHUNK: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
     COUNT: tl.constexpr = DP // (LANES * CHUNK)
+    OUTER: tl.constexpr = max(LANES // 4, 1)
+    lane = tl.arange(0, LANES)
+    d = (lane % 4 * OUTER + lane // 4) * (COUNT * CHUNK)
+    d = d[None, :, None, None] + tl.arange(0, CHUNK)[None, None, None, :]
     row = first + (tl.arange(0, R // INNER) * INNER)[:, None] + tl.arange(0, INNER)[None, :]
     row = row[:, None, :, None]
     rows = base + row.to(tl.int64) * stride
-    d = (tl.arange(0, LANES) * (COUNT * CHUNK))[None, :, None, None] + tl.arange(0, CHUNK)[
-        None, None, None, :
-    ]
+    x = _chunk(rows, row < tokens, d, OUTER, D, DP)
     if COUNT == 1:
-        x = tl.permute(_chunk(rows, row < tokens, d, D, DP), (0, 2, 1, 3))
+        x = tl.permute(x, (0, 3, 2, 1, 4))
     elif COUNT == 2:
-        x = tl.join(_chunk(rows, row < tokens, d, D, DP), _chunk(rows, row < tokens, d + CHUNK, D, DP))
-        x = tl.permute(x, (0, 2, 1, 4, 3))
+        x = tl.join(x, _chunk(rows, row < tokens, d + CHUNK, OUTER, D, DP))
+        x = tl.permute(x, (0, 3, 2, 1, 5, 4))
     else:
         tl.static_assert(COUNT == 4)
-        x = tl.join(_chunk(rows, row < tokens, d, D, DP), _chunk(rows, row < tokens, d + 2 * CHUNK, D, DP))
+        x = tl.join(x, _chunk(rows, row < tokens, d + 2 * CHUNK, OUTER, D, DP))
         y = tl.join(
-            _chunk(rows, row < tokens, d + CHUNK, D, DP), _chunk(rows, row < tokens, d + 3 * CHUNK, D, DP)
+            _chunk(rows, row < tokens, d + CHUNK, OUTER, D, DP),
+            _chunk(rows, row < tokens, d + 3 * CHUNK, OUTER, D, DP),
         )
-        x = tl.permute(tl.join(x, y), (0, 2, 1, 4, 5, 3))
+        x = tl.permute(tl.join(x, y), (0, 3, 2, 1, 5, 6, 4))
     return tl.reshape(x, (R, DP))
 
 
 @triton.jit
-def _chunk(rows, mask, d, D: tl.constexpr, DP: tl.constexpr):
-    return tl.load(rows + d, mask=mask if D == DP else mask & (d < D), other=0.0)
+def _chunk(rows, mask, d, OUTER: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """[·, LANES, ·, CHUNK], lanes as [OUTER, up to 4]."""
+    x = tl.load(rows + d, mask=mask if D == DP else mask & (d < D), other=0.0)
+    return tl.reshape(x, (x.shape[0], OUTER, x.shape[1] // OUTER, x.shape[2], x.shape[3]))
 
 
 # --- pieces -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _total(x):
+    """Sums over rows of x [R, DP], the same to the last bit in any number of lanes up to 8."""
+    parts = tl.sum(tl.reshape(x, (x.shape[0], 2, 2, 2, x.shape[1] // 8)), 4)
+    return tl.sum(tl.sum(tl.sum(parts, 3), 2), 1)
 
 
 @triton.jit
@@ -121,7 +138,8 @@ def _place(
 
     Called last: slots, which nobody has read yet, arrive while vectors are encoded.
     """
-    block = base + (slot // P) * page_stride
+    slot = slot.to(tl.uint32)
+    block = base + (slot // P).to(tl.int64) * page_stride
     row = slot % P
     return block + OFFSET + row * BYTES, (block + META).to(tl.pointer_type(tl.float16), bitcast=True) + row
 
@@ -179,31 +197,36 @@ def _pick4(high, low, V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: 
 
 
 @triton.jit
-def _nearest(size, SCALE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
-    """size ≥ 0 -> index of the magnitude nearest to size · SCALE, float, and that magnitude, 0 beyond D.
+def _above(x, edge):
+    """1 where x > -edge / _SHARP, 0 elsewhere: a product that saturates, at twice a comparison's rate."""
+    return tl.clamp(tl.fma(x, _SHARP, edge), 0.0, 1.0)
+
+
+@triton.jit
+def _nearest(size, FIRST: tl.constexpr, SCALE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """size ≥ 0 -> FIRST + index of the magnitude nearest to size · SCALE, and that magnitude, 0 beyond D.
 
     A binary search; what is compared with next is picked by multiplying with 0 or 1.
     """
     if BITS == 2:
         A: tl.constexpr = _MAGNITUDES_2
-        index = (size > (A[0] + A[1]) / 2 / SCALE).to(tl.float32)
-        level = _pick2(index, A[0], A[1])
+        low = _above(size, _EDGES_2[0] / SCALE)
+        index = low + FIRST
+        level = _pick2(low, A[0], A[1])
     elif BITS == 3:
         B: tl.constexpr = _MAGNITUDES_3
-        high = (size > (B[1] + B[2]) / 2 / SCALE).to(tl.float32)
-        low = (size > _pick2(high, (B[0] + B[1]) / 2 / SCALE, (B[2] + B[3]) / 2 / SCALE)).to(tl.float32)
-        index = 2 * high + low
+        E: tl.constexpr = _EDGES_3
+        high = _above(size, E[1] / SCALE)
+        low = _above(size, _pick2(high, E[0] / SCALE, E[2] / SCALE))
+        index = (high * 2 + FIRST) + low
         level = _pick4(high, low, B[0], B[1], B[2], B[3])
     else:
         C: tl.constexpr = _MAGNITUDES_4
-        top = (size > (C[3] + C[4]) / 2 / SCALE).to(tl.float32)
-        high = (size > _pick2(top, (C[1] + C[2]) / 2 / SCALE, (C[5] + C[6]) / 2 / SCALE)).to(tl.float32)
-        edge = _pick4(
-            top, high, (C[0] + C[1]) / 2 / SCALE, (C[2] + C[3]) / 2 / SCALE, (C[4] + C[5]) / 2 / SCALE,
-            (C[6] + C[7]) / 2 / SCALE,
-        )  # fmt: skip
-        low = (size > edge).to(tl.float32)
-        index = 4 * top + 2 * high + low
+        F: tl.constexpr = _EDGES_4
+        top = _above(size, F[3] / SCALE)
+        high = _above(size, _pick2(top, F[1] / SCALE, F[5] / SCALE))
+        low = _above(size, _pick4(top, high, F[0] / SCALE, F[2] / SCALE, F[4] / SCALE, F[6] / SCALE))
+        index = (high * 2 + (top * 4 + FIRST)) + low
         step = _pick4(top, high, C[1] - C[0], C[3] - C[2], C[5] - C[4], C[7] - C[6])
         level = low * step + _pick4(top, high, C[0], C[2], C[4], C[6])
     return index, _within(level, D)
@@ -215,19 +238,25 @@ def _try(
     D: tl.constexpr,
 ):  # fmt: skip
     """Of codes of size · SCALE: their product with size, their square, and turbo's residual scale, [R]."""
-    _, level = _nearest(size, SCALE, BITS, D)
-    dot = tl.sum(size * level, 1)
-    square = tl.sum(level * level, 1)
+    if BITS == 2:  # both follow from the larger magnitudes' number and sum
+        A: tl.constexpr = _MAGNITUDES_2
+        large = _above(size, _EDGES_2[0] / SCALE)
+        dot = A[0] * _total(size) + (A[1] - A[0]) * _total(large * size)
+        square = A[0] * A[0] * D + (A[1] * A[1] - A[0] * A[0]) * _total(large)
+    else:
+        _, level = _nearest(size, 0.0, SCALE, BITS, D)
+        dot = _total(size * level)
+        square = _total(level * level)
     scale = dot * 0.0
     if SCHEME == "turbo":
         rest = size * SCALE - level
-        length = tl.sum(tl.abs(rest), 1)
+        length = _total(tl.abs(rest))
         if RESIDUAL == "abs":
             scale = (length * (1.0 / D)).to(tl.float16).to(tl.float32)
         else:
-            scale = tl.sqrt(tl.sum(rest * rest, 1) * (1.0 / D)).to(tl.float16).to(tl.float32)
+            scale = tl.sqrt(_total(rest * rest) * (1.0 / D)).to(tl.float16).to(tl.float32)
         # codes are level + scale · sign of rest, and Σ level · sign = SCALE · Σ size · sign - Σ |rest|
-        signed = tl.sum(_flip(size, rest), 1)
+        signed = _total(_flip(size, rest))
         square += scale * (2 * (SCALE * signed - length) + scale * D)
         dot += scale * signed
     return dot, square, scale
@@ -240,10 +269,10 @@ def _store_rotated(
     ANCHOR: tl.constexpr, OFFSET: tl.constexpr, BYTES: tl.constexpr, META: tl.constexpr,
     D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Lloyd-Max codes of x [R, DP]: √D times the rotated vectors, zero beyond D."""
+    """Lloyd-Max codes of x [R, DP]: √D times the rotated vectors, zero beyond D, no zero before."""
     BITS: tl.constexpr = 2 if SCHEME == "lm2" else (4 if SCHEME == "lm4" else 3)
     size = tl.minimum(tl.abs(x), _LARGEST * D**0.5, propagate_nan=tl.PropagateNan.ALL)
-    power = tl.sum(size * size, 1)
+    power = _total(size * size)
     norm = _to_half(tl.sqrt(power) * (1.0 / D)).to(tl.float32)
     inverse = _over(1.0, norm * D**0.5)
     power = power * inverse * inverse  # from here on of vectors divided by their norm
@@ -252,7 +281,6 @@ def _store_rotated(
         peak = tl.max(size, 1)
         unit, length = tl.where(norm == 0, 0.0, _over(1.0, peak)), peak * inverse
     size = size * unit[:, None]
-    sign = x * unit[:, None] - 1e-30  # zeros count as negative
 
     chosen = tl.full(norm.shape, CANDIDATES[0], tl.float32)
     dot, square, scale = _try(size, CANDIDATES[0], SCHEME, BITS, RESIDUAL, D)
@@ -263,7 +291,10 @@ def _store_rotated(
         scale, dot = tl.where(better, scale2, scale), tl.where(better, dot2, dot)
         square = tl.where(better, square2, square)
     size = size * CANDIDATES[0] if len(CANDIDATES) == 1 else size * chosen[:, None]
-    index, level = _nearest(size, 1.0, BITS, D)
+    FIRST: tl.constexpr = (
+        -3.5 if SCHEME == "turbo" else (-1.5 if SCHEME == "lm3" else (0.0 if SCHEME == "lm2" else 0.5))
+    )
+    index, level = _nearest(size, FIRST, 1.0, BITS, D)
 
     factor = norm
     if NORM == "corrected":
@@ -274,29 +305,29 @@ def _store_rotated(
         factor = norm * tl.sqrt(tl.sqrt(power / square) * _over(power, dot * length))
     if SCHEME == "qjl":
         rest = size - level
-        scale = tl.sqrt(tl.sum(rest * rest, 1))
-        projected = tl.dot(_flip(rest, sign).to(tl.float16), load_square(projection, D, x.shape[1]))
+        scale = tl.sqrt(_total(rest * rest))
+        projected = tl.dot(_flip(rest, x).to(tl.float16), load_square(projection, D, x.shape[1]))
     codes, meta = _place(base, page_stride, slot, OFFSET, BYTES, META, P)
     tl.store(meta, _to_half(factor), mask=mask)
     if SCHEME == "turbo" or SCHEME == "qjl":
         tl.store(meta + P, _to_half(scale), mask=mask)
         if SCHEME == "turbo":
             # the nibble above the middle of all sixteen, which a negative element has as far below it
-            code = _flip(index + tl.where(size >= level, 4.5, -3.5), sign)
+            code = _flip((size >= level).to(tl.float32) * 8 + index, x)
             words = _pack(code, 4, 4, 7.5)
         else:
-            code = _flip(index + 0.5, sign) + tl.where(projected >= 0, 8.0, 0.0)
+            code = _flip(index, x) + tl.where(projected >= 0, 8.0, 0.0)
             words = _pack(code, 4, 4, 3.5)
         _store_words(codes, words, mask, 0, D // 4)
     elif SCHEME == "lm4":
-        _store_words(codes, _pack(_flip(index + 0.5, sign), 4, 4, 7.5), mask, 0, D // 4)
+        _store_words(codes, _pack(_flip(index, x), 4, 4, 7.5), mask, 0, D // 4)
     elif SCHEME == "lm3":
-        _store_words(codes, _pack(_flip(index - 1.5, sign), 8, 2, 1.5), mask, 0, D // 8)
-        half = _flip(tl.full(sign.shape, 0.5, tl.float32), sign)
+        _store_words(codes, _pack(_flip(index, x), 8, 2, 1.5), mask, 0, D // 8)
+        half = _flip(tl.full(x.shape, 0.5, tl.float32), x)
         _store_words(codes, _pack(half, 16, 1, 0.5), mask, D // 4, D // 16)
     else:
         # a byte that tells the larger magnitudes of 8 elements, and one that tells negative numbers
-        half = _flip(tl.full(sign.shape, 128.0, tl.float32), sign)
+        half = _flip(tl.full(x.shape, 128.0, tl.float32), x)
         _store_words(codes, _pack(index - half, 8, 1, 128.0), mask, 0, D // 8)
 
 

@@ -28,7 +28,7 @@ from kvq_kernels.codebook import qjl_projection, qjl_scale
 from kvq_kernels.exponent import LOG2E, cap, exponent_unit
 from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
-from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
+from kvq_kernels.quantize_store import DTYPES, check_pages, has_products, unit_stride
 from kvq_kernels.warp_ptx import part_floats
 
 _MIN_TILES = 2
@@ -308,14 +308,6 @@ def padded_group(layout: PageLayout, query_heads: int) -> tuple[int, int]:
     group = query_heads // layout.num_kv_heads
     assert group * layout.num_kv_heads == query_heads, (query_heads, layout.num_kv_heads)
     return group, max(16, triton.next_power_of_2(group))
-
-
-@lru_cache(maxsize=16)
-def has_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `tl.dot` uses the matrix units: not for float32 (IEEE), nor below sm_80: plain FMA there."""
-    if device.type != "cuda":
-        return dtype != torch.float32
-    return dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def tile_tokens(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> int:

@@ -31,12 +31,11 @@ from kvq_kernels.paged_decode import (
     attend_raw,
     cap,
     exponent_unit,
-    has_products,
     key_matrices,
     load_query,
     tile_tokens,
 )
-from kvq_kernels.quantize_store import DTYPES, check_pages, unit_stride
+from kvq_kernels.quantize_store import DTYPES, check_pages, has_products, unit_stride
 from kvq_kernels.unpack import WORD_ELEMENTS, load_meta, unpack_tile, unpacked_elements, unpacked_order
 
 # --- pieces -------------------------------------------------------------------------------------------------

@@ -7,45 +7,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh
+from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh, walsh_by_products
 from kvq_kernels.codebook import qjl_projection
 from kvq_kernels.encode import load_rows, store_rows
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_LANES = 8
+_LANES = 4
 """Lanes that share a vector, where it is long enough: fewer have less to exchange, and more to do in turn."""
-_SMALL = 256
-"""Tokens up to which a store is bound by latency."""
-_STEPS = 4
-"""Tiles of a one-warp program beyond that: launching programs takes as long as bf16's bytes otherwise."""
+_FEW = 256
+"""Tokens up to which a store is bound by latency: vectors in more lanes, their bytes the same."""
+_FEW_LANES = 8
+_ZERO = tl.constexpr(-1e-30)
 
 
 @triton.jit
 def _load(
     slots, base, stride, first, tokens, matrix, SCHEME: tl.constexpr, ROTATED: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """R rows of `base` -> [R, DP] zero beyond D and from row `tokens` on, times √D · H if ROTATED; slots [R].
 
-    Slots are asked for right after the rows, so that they arrive while these are encoded.
+    Rotated zeros are the least bit negative, as their codes have it. Slots are asked for first, without a
+    mask that they would be waited for at, and arrive while vectors are encoded.
     """
     token = first + tl.arange(0, R)
     rows = base + token.to(tl.int64) * stride
+    slot = tl.load(slots + tl.minimum(token, tokens - 1))
     mask = token < tokens
     if ROTATED and DP > D:  # sums and differences of halves need a power of two
         x = multiply_rows(rows, mask, matrix, D, DP, R, 32 if D % 32 == 0 else 16)
-        x = tl.where((tl.arange(0, DP) < D)[None, :], x, 0.0)  # NaN where an infinity met a zero
-        slot = tl.load(slots + token, mask=mask, other=0)
+        # NaN where an infinity met a zero
+        x = tl.where((tl.arange(0, DP) < D)[None, :], x + _ZERO, 0.0)
     elif SCHEME == "none":
         d = tl.arange(0, DP)
-        slot = tl.load(slots + token, mask=mask, other=0)
         x = tl.load(rows[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
     else:
         x = load_rows(base, stride, first, tokens, D, DP, R, LANES)
-        slot = tl.load(slots + token, mask=mask, other=0)
-        if ROTATED:
-            x = walsh(x.to(tl.float32), R, D)
+        if ROTATED and PRODUCTS and LANES >= 4:
+            x = walsh_by_products(x, _ZERO, R, D, LANES)
+        elif ROTATED:
+            x = walsh(x.to(tl.float32), R, D) + _ZERO
     return x, slot
 
 
@@ -62,36 +64,35 @@ def _store_kernel(
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
     DTYPE: tl.constexpr, HAS_E4M3: tl.constexpr, R: tl.constexpr, KEY_LANES: tl.constexpr,
-    VALUE_LANES: tl.constexpr, STEPS: tl.constexpr,
+    VALUE_LANES: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """STEPS times R tokens of one kv head a program; K and V are programs of their own."""
+    """R tokens of one kv head a program; K and V are programs of their own."""
     head = tl.program_id(1)
     base = pages + head * BLOCK_BYTES
-    for step in range(STEPS):
-        first = (tl.program_id(0) * STEPS + step) * R
-        token = first + tl.arange(0, R)
-        mask = token < tokens
-        if tl.program_id(2) == 0:
-            source = key + head * key_head_stride
-            x, slot = _load(
-                slots, source, key_token_stride, first, tokens, key_rotation,
-                KEY, KEY_ROTATED, DK, DKP, R, KEY_LANES,
-            )  # fmt: skip
-            store_rows(
-                x, base, page_stride, slot, mask, key_projection, KEY, KEY_NORM, KEY_RESIDUAL,
-                KEY_CANDIDATES, KEY_ANCHOR, KEY_ROTATED, HAS_E4M3, 0, KEY_BYTES, META_OFFSET, DTYPE, DK, P,
-            )  # fmt: skip
-        else:  # other names than above, for other shapes
-            target = value + head * value_head_stride
-            y, slot = _load(
-                slots, target, value_token_stride, first, tokens, value_rotation,
-                VALUE, VALUE_ROTATED, DV, DVP, R, VALUE_LANES,
-            )  # fmt: skip
-            store_rows(
-                y, base, page_stride, slot, mask, value_projection, VALUE, VALUE_NORM, VALUE_RESIDUAL,
-                VALUE_CANDIDATES, VALUE_ANCHOR, VALUE_ROTATED, HAS_E4M3, VALUE_OFFSET, VALUE_BYTES,
-                META_OFFSET + 2 * KEY_META * P, DTYPE, DV, P,
-            )  # fmt: skip
+    first = tl.program_id(0) * R
+    token = first + tl.arange(0, R)
+    mask = token < tokens
+    if tl.program_id(2) == 0:
+        source = key + head * key_head_stride
+        x, slot = _load(
+            slots, source, key_token_stride, first, tokens, key_rotation,
+            KEY, KEY_ROTATED, DK, DKP, R, KEY_LANES, PRODUCTS,
+        )  # fmt: skip
+        store_rows(
+            x, base, page_stride, slot, mask, key_projection, KEY, KEY_NORM, KEY_RESIDUAL,
+            KEY_CANDIDATES, KEY_ANCHOR, KEY_ROTATED, HAS_E4M3, 0, KEY_BYTES, META_OFFSET, DTYPE, DK, P,
+        )  # fmt: skip
+    else:  # other names than above, for other shapes
+        target = value + head * value_head_stride
+        y, slot = _load(
+            slots, target, value_token_stride, first, tokens, value_rotation,
+            VALUE, VALUE_ROTATED, DV, DVP, R, VALUE_LANES, PRODUCTS,
+        )  # fmt: skip
+        store_rows(
+            y, base, page_stride, slot, mask, value_projection, VALUE, VALUE_NORM, VALUE_RESIDUAL,
+            VALUE_CANDIDATES, VALUE_ANCHOR, VALUE_ROTATED, HAS_E4M3, VALUE_OFFSET, VALUE_BYTES,
+            META_OFFSET + 2 * KEY_META * P, DTYPE, DV, P,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -158,20 +159,30 @@ def _unused(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.float16, device=device)
 
 
-def _lanes(head_dim: int, dtype: torch.dtype) -> int:
+def _lanes(head_dim: int, dtype: torch.dtype, tokens: int) -> int:
     """Lanes that share a vector: 1 to 4 chunks of 16 bytes in each."""
     chunks = triton.next_power_of_2(head_dim) * dtype.itemsize // 16
-    return max(min(_LANES, chunks), chunks // 4, 1)
+    return max(min(_FEW_LANES if tokens <= _FEW else _LANES, chunks), chunks // 4, 1)
 
 
-def _tile(layout: PageLayout, tokens: int, lanes: int) -> tuple[int, int, int]:
-    """Rows, warps and steps of a program. A vector lies in lanes alike for any `tokens`: so do its codes."""
+def _tile(layout: PageLayout, tokens: int, lanes: int) -> tuple[int, int]:
+    """Rows and warps of a program."""
     k, v = layout.key, layout.value
     if k.scheme == v.scheme == "none":
-        return (2, 1, 1) if tokens <= _SMALL else (16, 4, 1)
-    if "qjl" in (k.scheme, v.scheme) or _by_matrix(k, layout.key_dim) or _by_matrix(v, layout.value_dim):
-        return 16, 4, 1  # products of matrices
-    return 32 // lanes, 1, 1 if tokens <= _SMALL else _STEPS
+        return (2, 1) if tokens <= _FEW else (16, 4)
+    if "qjl" in (k.scheme, v.scheme):
+        return (16, 4) if tokens <= _FEW else (64, 4)  # of a product with a large matrix
+    if _by_matrix(k, layout.key_dim) or _by_matrix(v, layout.value_dim):
+        return 16, 4
+    return 32 // lanes, 1
+
+
+@lru_cache(maxsize=16)
+def has_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `tl.dot` uses the matrix units: not for float32 (IEEE), nor below sm_80: plain FMA there."""
+    if device.type != "cuda":
+        return dtype != torch.float32
+    return dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _has_e4m3(device: torch.device) -> bool:
@@ -190,9 +201,9 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         return
     key, value = unit_stride(key), unit_stride(value)
     k, v = layout.key, layout.value
-    lanes = _lanes(layout.key_dim, key.dtype), _lanes(layout.value_dim, value.dtype)
-    rows, warps, steps = _tile(layout, tokens, max(lanes))
-    _store_kernel[(triton.cdiv(tokens, rows * steps), heads, 2)](
+    lanes = _lanes(layout.key_dim, key.dtype, tokens), _lanes(layout.value_dim, value.dtype, tokens)
+    rows, warps = _tile(layout, tokens, max(lanes))
+    _store_kernel[(triton.cdiv(tokens, rows), heads, 2)](
         key, value, pages, slots, tokens,
         _projection(k.scheme, layout.key_dim, key.device),
         _projection(v.scheme, layout.value_dim, key.device),
@@ -208,7 +219,7 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         DK=layout.key_dim, DKP=triton.next_power_of_2(layout.key_dim),
         DV=layout.value_dim, DVP=triton.next_power_of_2(layout.value_dim), P=layout.page_size,
         DTYPE=DTYPES[layout.dtype], HAS_E4M3=_has_e4m3(key.device), R=rows, KEY_LANES=lanes[0],
-        VALUE_LANES=lanes[1], STEPS=steps, num_warps=warps,
+        VALUE_LANES=lanes[1], PRODUCTS=has_products(key.dtype, key.device), num_warps=warps,
     )  # fmt: skip
 
 

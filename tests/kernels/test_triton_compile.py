@@ -48,7 +48,7 @@ def fits(dtype: torch.dtype, device: torch.device, *, capability: int) -> bool:
     [(name, capability) for name, (_, capabilities) in CASES.items() for capability in capabilities],
 )
 def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (paged_decode, paged_prefill):
+    for module in (quantize_store, paged_decode, paged_prefill):
         monkeypatch.setattr(module, "has_products", partial(fits, capability=capability))
     monkeypatch.setattr(paged_prefill, "generation", lambda device: capability // 10)
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
@@ -65,10 +65,10 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
     problem = build(case, reference.store, reference.store_raw)
     chunked = build(replace(case, chunks=(40,)), reference.store, reference.store_raw)
     with recording(quantize_store, paged_decode, paged_prefill, history_gluon, warp_decode) as launches:
-        for tokens in (1, 200) if "raw" in name else (200,):
-            slots = problem.slots[:tokens]
+        for few in (0, quantize_store._FEW):
+            monkeypatch.setattr(quantize_store, "_FEW", few)
             quantize_store.store(
-                problem.keys[0][:tokens], problem.values[0][:tokens], problem.pages, slots, problem.layout
+                problem.keys[0], problem.values[0], problem.pages, problem.slots, problem.layout
             )
         if problem.raw is not None:
             ring = torch.zeros(1, dtype=torch.int32)

@@ -365,14 +365,14 @@ else:
         assert different <= (0 if not codec.rotated else twin.numel() // 500), different
 
     @pytest.mark.parametrize("codecs", ["turbo:lm2", "int8:fp8", "none:none"])
-    def test_store_in_steps(codecs: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Programs of several tiles, as for many tokens, write what programs of one do."""
+    def test_store_of_few_tokens(codecs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Vectors in more lanes, as where tokens are few, become the same bytes."""
         layout = PageLayout(*map(get_codec, codecs.split(":")), 16, 2, 128, 128, torch.float16)
         key, value = torch.randn(2, 37, 2, 128, generator=torch.Generator().manual_seed(4)).half()
         slots = torch.randperm(16 * 6, generator=torch.Generator().manual_seed(2))[:37] + 16
         few, many = (layout.empty_pages(8, "cpu") for _ in range(2))
         quantize_store.store(key, value, few, slots, layout)
-        monkeypatch.setattr(quantize_store, "_SMALL", 0)
+        monkeypatch.setattr(quantize_store, "_FEW", 0)
         quantize_store.store(key, value, many, slots, layout)
         assert torch.equal(few, many) and few.any()
 
