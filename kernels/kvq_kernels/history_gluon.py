@@ -45,6 +45,7 @@ _WARPS = 4
 """Of every producer and consumer: a warpgroup."""
 
 _unpacked = gluon.jit(unpack.unpacked.fn)
+_row_words = unpack.row_words
 _cap = gluon.jit(exponent.cap.fn)
 _exponent_unit = gluon.jit(exponent.exponent_unit.fn)
 
@@ -105,6 +106,7 @@ def _left(n: int):
 
 
 _TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+_HIGHS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
 _ROW = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [0]))
 
 
@@ -120,19 +122,28 @@ def _start(unit, first, last, N: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    words, metas, slot, pages, page, page_stride, row, OFFSET: gl.constexpr, META: gl.constexpr, P: gl.constexpr,
+    codes, slot, pages, page, page_stride, row,
+    SCHEME: gl.constexpr, D: gl.constexpr, OFFSET: gl.constexpr, META: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Start to copy codes and metadata of the unit that begins at `row` of a page."""
     # what is passed to a partition is not known to be aligned
     block = gl.multiple_of(pages + page.to(gl.int64) * page_stride, 16)
+    words, highs, metas = codes
     W: gl.constexpr = words.shape[2]
+    STRIDE: gl.constexpr = _row_words(SCHEME, D)
     layout: gl.constexpr = _copied(W, 4)
     r = row + gl.arange(0, _U, gl.SliceLayout(1, layout))
-    word = gl.arange(0, W, gl.SliceLayout(0, layout))
-    codes = (block + OFFSET).to(gl.pointer_type(gl.int32), bitcast=True)
-    source = codes + r[:, None] * W + word[None, :]
+    i = gl.arange(0, W, gl.SliceLayout(0, layout))
+    source = (block + OFFSET).to(gl.pointer_type(gl.int32), bitcast=True) + r[:, None] * STRIDE + i[None, :]
     source = gl.multiple_of(gl.max_contiguous(source, [1, 4]), [1, 16])
     async_copy.async_copy_global_to_shared(words.index(slot), source)
+    if SCHEME == "lm3":
+        of_highs: gl.constexpr = _copied(W, 2)
+        r = row + gl.arange(0, _U, gl.SliceLayout(1, of_highs))
+        i = gl.arange(0, W, gl.SliceLayout(0, of_highs))
+        half = (block + OFFSET + W * 4).to(gl.pointer_type(gl.int16), bitcast=True)
+        source = gl.max_contiguous(half + r[:, None] * (STRIDE * 2) + i[None, :], [1, 8])
+        async_copy.async_copy_global_to_shared(highs.index(slot), gl.multiple_of(source, [1, 16]))
     COUNT: gl.constexpr = metas.shape[1] // _U
     i = gl.arange(0, COUNT * _U, gl.BlockedLayout([8], [32], [4], [0]))
     numbers = (block + META).to(gl.pointer_type(gl.float16), bitcast=True)
@@ -144,12 +155,13 @@ def _copy(
 
 @gluon.jit
 def _produce(
-    work, words, metas, ring, full, empty,
-    SCHEME: gl.constexpr, OFFSET: gl.constexpr, META: gl.constexpr, LOWER: gl.constexpr,
-    P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    work, codes, ring, full, empty, SCHEME: gl.constexpr, D: gl.constexpr, OFFSET: gl.constexpr,
+    META: gl.constexpr, LOWER: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Tiles last - 1 … first of K or V into the ring; codes are copied SLOTS - 1 units ahead."""
     pages, table, page_stride, first, last, low, high = work
+    words, highs, metas = codes
     UNITS: gl.constexpr = N // _U
     W: gl.constexpr = words.shape[2]
     of_words: gl.constexpr = _words(W)
@@ -158,9 +170,7 @@ def _produce(
     for ahead in gl.static_range(SLOTS - 1):
         start = _start(ahead, first, last, N)
         page = gl.load(table + gl.minimum(start // P, last_page))
-        _copy(
-            words, metas, ahead, pages, page, page_stride, start % P, OFFSET, META, P
-        )
+        _copy(codes, ahead, pages, page, page_stride, start % P, SCHEME, D, OFFSET, META, P)
     page = gl.load(table + gl.minimum(_start(SLOTS - 1, first, last, N) // P, last_page))
     slot = 0
     stage = 0
@@ -178,7 +188,9 @@ def _produce(
             b = a
             if metas.shape[1] > _U:
                 b = gl.where(valid, metas.index(slot).slice(_U, _U).load(by_row), 0.0)
-            tile = _unpacked(words.index(slot).load(of_words), a, b, SCHEME)
+            word = words.index(slot).load(of_words)
+            third = highs.index(slot).load(of_words) if SCHEME == "lm3" else word
+            tile = _unpacked(word, third, a, b, SCHEME)
             ring.index(stage).slice(part * _U, _U).store(tile)
             if part == UNITS - 1:
                 fence_async_shared()
@@ -186,9 +198,7 @@ def _produce(
             # only now: the fence would wait for them
             free = gl.where(slot == 0, SLOTS - 1, slot - 1)
             start = _start(unit + SLOTS - 1, first, last, N)
-            _copy(
-                words, metas, free, pages, page, page_stride, start % P, OFFSET, META, P
-            )
+            _copy(codes, free, pages, page, page_stride, start % P, SCHEME, D, OFFSET, META, P)
             page = gl.load(table + gl.minimum(_start(unit + SLOTS, first, last, N) // P, last_page))
             slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
         stage += 1
@@ -298,7 +308,7 @@ def _consume(
     """Half of the rows over the tiles of the rings."""
     query, query_stride, query_head_stride, begin, length, block, head, scale, softcap, out, logs = rows
     history, first, whole, end, last, bounds, split_offset, rotation, back, keys, values, barriers = work
-    full_k, empty_k, full_v, empty_v = barriers
+    full_k, empty_k, full_v, _ = barriers
     by_scores: gl.constexpr = gl.SliceLayout(1, _product(N))
     of_values: gl.constexpr = _product(DV)
     by_values: gl.constexpr = gl.SliceLayout(1, of_values)
@@ -393,11 +403,17 @@ def _load_square(matrix, D: gl.constexpr):
 
 
 @gluon.jit
-def _code_ring(PER: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr):
-    """Words of codes of SLOTS units."""
+def _code_rings(
+    SCHEME: gl.constexpr, PER: gl.constexpr, D: gl.constexpr, META: gl.constexpr, SLOTS: gl.constexpr
+):
+    """Words, lm3's high bits, and META numbers of each token of SLOTS units."""
     W: gl.constexpr = D // PER
     layout: gl.constexpr = _code_rows(W)
-    return gl.allocate_shared_memory(gl.int32, [SLOTS, _U, W], layout)
+    words = gl.allocate_shared_memory(gl.int32, [SLOTS, _U, W], layout)
+    highs = words
+    if SCHEME == "lm3":
+        highs = gl.allocate_shared_memory(gl.int16, [SLOTS, _U, W], _HIGHS)
+    return words, highs, gl.allocate_shared_memory(gl.float16, [SLOTS, META * _U], _ROW)
 
 
 @gluon.jit
@@ -485,10 +501,8 @@ def _history_gluon_kernel(
     if present & (first < last):
         keys = gl.allocate_shared_memory(gl.float16, [STAGES, N, DK], _TILE)
         values = gl.allocate_shared_memory(gl.float16, [STAGES, N, DV], _TILE)
-        key_words = _code_ring(KEY_PER, DK, SLOTS)
-        value_words = _code_ring(VALUE_PER, DV, SLOTS)
-        key_metas = gl.allocate_shared_memory(gl.float16, [SLOTS, KEY_META * _U], _ROW)
-        value_metas = gl.allocate_shared_memory(gl.float16, [SLOTS, VALUE_META * _U], _ROW)
+        key_codes = _code_rings(KEY, KEY_PER, DK, KEY_META, SLOTS)
+        value_codes = _code_rings(VALUE, VALUE_PER, DV, VALUE_META, SLOTS)
         full_k, empty_k = _barriers(STAGES, 1), _barriers(STAGES, 2)
         full_v, empty_v = _barriers(STAGES, 1), _barriers(STAGES, 2)
         rotation = keys.index(0)  # not looked at
@@ -500,7 +514,7 @@ def _history_gluon_kernel(
         fence_async_shared()
         pages += head.to(gl.int64) * BLOCK_BYTES
         table = tables + chunk.to(gl.int64) * table_stride
-        codes = (pages, table, page_stride, first, last, low, high)
+        source = (pages, table, page_stride, first, last, low, high)
         rows = (
             query, query_stride, query_head_stride, begin, length, block, head, scale, softcap, out, logs,
         )  # fmt: skip
@@ -521,12 +535,12 @@ def _history_gluon_kernel(
                     QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES,
                 )),
                 (_produce, (
-                    codes, key_words, key_metas, keys, full_k, empty_k,
-                    KEY, 0, META_OFFSET, LOWER, P, N, STAGES, SLOTS,
+                    source, key_codes, keys, full_k, empty_k, KEY, DK, 0, META_OFFSET, LOWER,
+                    P, N, STAGES, SLOTS,
                 )),
                 (_produce, (
-                    codes, value_words, value_metas, values, full_v, empty_v,
-                    VALUE, VALUE_OFFSET, VALUE_META_OFFSET, LOWER, P, N, STAGES, SLOTS,
+                    source, value_codes, values, full_v, empty_v, VALUE, DV, VALUE_OFFSET, VALUE_META_OFFSET,
+                    LOWER, P, N, STAGES, SLOTS,
                 )),
             ],
             [4, 4, 4],
@@ -566,6 +580,7 @@ def serves(layout: PageLayout, heads: int, max_chunk: int) -> bool:
         layout.page_size % UNIT == 0
         and all(codec.scheme in WORD_ELEMENTS and codec.scheme != "none" for codec in codecs)
         and all(dim in (64, 128) for dim in (layout.key_dim, layout.value_dim))
+        and layout.key_code_bytes % 16 == layout.value_code_bytes % 16 == 0
         and heads <= ROWS <= heads * max_chunk
     )
 

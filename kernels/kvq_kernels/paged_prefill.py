@@ -614,8 +614,8 @@ def paged_prefill(
         if isinstance(chosen, history_gluon.Resources):
             earlier, logs = history_gluon.attend_history(
                 query, pages, block_tables, cu_chunk_lens, history_lens, layout, matrix, back,
-                max_chunk=max_chunk, max_history=max_history, scale=scale,
-                window=window, softcap=softcap, raw=raw, processors=_multiprocessors(device), resources=chosen,
+                max_chunk=max_chunk, max_history=max_history, scale=scale, window=window, softcap=softcap,
+                raw=raw, processors=_multiprocessors(device), resources=chosen,
             )  # fmt: skip
             splits = len(logs)
         else:

@@ -32,10 +32,12 @@ def operands(scheme: str, meta: torch.Tensor) -> list[np.ndarray]:
         return [pair(first * (large - small)), pair(first * small)]
     if scheme == "fp8":
         return [pair(first * 256)]
-    return [pair(-first)] if scheme == "lm4" else [pair(first), pair(second)]
+    if scheme in ("lm4", "lm3"):
+        return [pair(-first if scheme == "lm4" else first)]
+    return [pair(first), pair(second)]
 
 
-@pytest.mark.parametrize("name", ["turbo", "turbo-rms", "lm4", "lm2", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("name", ["turbo", "turbo-rms", "lm4", "lm3", "lm2", "int8", "int4", "fp8"])
 def test_unpacks_what_the_codec_decodes(name: str) -> None:
     codec = get_codec(name)
     scheme = codec.scheme
@@ -47,8 +49,12 @@ def test_unpacks_what_the_codec_decodes(name: str) -> None:
     if scheme == "fp8":
         codes[(codes & 127) == 127] = 0  # NaN, which is never written
     meta = torch.rand(300, codec.num_meta, generator=generator).add_(0.1).half()
-    words = codes.numpy().view(np.uint32)
-    others = [np.broadcast_to(x, words.shape) for x in operands(scheme, meta)]
+    words, more = codes.numpy(), []
+    if scheme == "lm3":
+        words, high = np.split(words, [HEAD_DIM // 4], 1)
+        more = [np.ascontiguousarray(high).view(np.int16).astype(np.int32).view(np.uint32)]
+    words = np.ascontiguousarray(words).view(np.uint32)
+    others = more + [np.broadcast_to(x, words.shape) for x in operands(scheme, meta)]
     assert len(others) == unpack.numbers(scheme)
     registers = ptx.run(unpack.assembly(scheme), words, *others)
     assert len(registers) == unpack.registers(scheme)
