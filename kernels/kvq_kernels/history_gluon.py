@@ -67,7 +67,7 @@ def _piece(width: int, warps: int):
 
 @gluon.constexpr_function
 def _words(width: int, warps: int):
-    """Words [64, width] in registers of 4 or 8 warps: eight lanes have pieces of the same columns of eight rows.
+    """Words [64, width] in registers of 4 or 8 warps: eight lanes have the same columns of eight rows.
 
     Their 16-byte stores of what the words become then meet every bank of shared memory once, in rows that
     its swizzling tells apart; and so do their loads, see `_code_rows`.
@@ -123,11 +123,12 @@ def _start(unit, first, last, N: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    codes, slot, pages, page, page_stride, row,
-    SCHEME: gl.constexpr, D: gl.constexpr, OFFSET: gl.constexpr, META: gl.constexpr, P: gl.constexpr,
-    WARPS: gl.constexpr,
+    codes, slot, pages, page, page_stride, start, low, high,
+    SCHEME: gl.constexpr, D: gl.constexpr, OFFSET: gl.constexpr, META: gl.constexpr, LOWER: gl.constexpr,
+    P: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Start to copy codes and metadata of the unit that begins at `row` of a page."""
+    """Start to copy codes and metadata of the unit that begins at token `start`, which is in `page`."""
+    row = start % P
     # what is passed to a partition is not known to be aligned
     block = gl.multiple_of(pages + page.to(gl.int64) * page_stride, 16)
     words, highs, metas = codes
@@ -138,7 +139,14 @@ def _copy(
     i = gl.arange(0, W, gl.SliceLayout(0, layout))
     source = (block + OFFSET).to(gl.pointer_type(gl.int32), bitcast=True) + r[:, None] * STRIDE + i[None, :]
     source = gl.multiple_of(gl.max_contiguous(source, [1, 4]), [1, 16])
-    async_copy.async_copy_global_to_shared(words.index(slot), source)
+    if SCHEME == "fp8":  # NaN times no scale is NaN: zeros where nobody looks
+        within = gl.arange(0, _U, gl.SliceLayout(1, layout))
+        seen = within < high - start
+        if LOWER:
+            seen = seen & (within >= low - start)
+        async_copy.async_copy_global_to_shared(words.index(slot), source, mask=seen[:, None])
+    else:
+        async_copy.async_copy_global_to_shared(words.index(slot), source)
     if SCHEME == "lm3":
         of_highs: gl.constexpr = _copied(W, 2, WARPS)
         r = row + gl.arange(0, _U, gl.SliceLayout(1, of_highs))
@@ -172,7 +180,9 @@ def _produce(
     for ahead in gl.static_range(SLOTS - 1):
         start = _start(ahead, first, last, N)
         page = gl.load(table + gl.minimum(start // P, last_page))
-        _copy(codes, ahead, pages, page, page_stride, start % P, SCHEME, D, OFFSET, META, P, WARPS)
+        _copy(
+            codes, ahead, pages, page, page_stride, start, low, high, SCHEME, D, OFFSET, META, LOWER, P, WARPS
+        )
     page = gl.load(table + gl.minimum(_start(SLOTS - 1, first, last, N) // P, last_page))
     slot = 0
     stage = 0
@@ -192,7 +202,7 @@ def _produce(
                 b = gl.where(valid, metas.index(slot).slice(_U, _U).load(by_row), 0.0)
             word = words.index(slot).load(of_words)
             third = highs.index(slot).load(of_words) if SCHEME == "lm3" else word
-            tile = _unpacked(word, third, a, b, SCHEME)
+            tile = _unpacked(word, third, a, b, "e4m3" if SCHEME == "fp8" else SCHEME)
             ring.index(stage).slice(part * _U, _U).store(tile)
             if part == UNITS - 1:
                 fence_async_shared()
@@ -200,7 +210,23 @@ def _produce(
             # only now: the fence would wait for them
             free = gl.where(slot == 0, SLOTS - 1, slot - 1)
             start = _start(unit + SLOTS - 1, first, last, N)
-            _copy(codes, free, pages, page, page_stride, start % P, SCHEME, D, OFFSET, META, P, WARPS)
+            _copy(
+                codes,
+                free,
+                pages,
+                page,
+                page_stride,
+                start,
+                low,
+                high,
+                SCHEME,
+                D,
+                OFFSET,
+                META,
+                LOWER,
+                P,
+                WARPS,
+            )
             page = gl.load(table + gl.minimum(_start(unit + SLOTS, first, last, N) // P, last_page))
             slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
         stage += 1
@@ -260,7 +286,7 @@ def _attend(
     MASKED: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, RECENT: gl.constexpr,
     DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """`count` tiles from `tile` down, each with the values of the one before; the keys of the next are there."""
+    """`count` tiles from `tile` down, whose keys are there, each with the values of the one before."""
     p, m, l, acc, stage, phase = state
     full_k, empty_k, full_v, empty_v = barriers
     nothing = gl.zeros([_M, N], gl.float32, _product(N))
