@@ -139,7 +139,7 @@ def _copy(
     i = gl.arange(0, W, gl.SliceLayout(0, layout))
     source = (block + OFFSET).to(gl.pointer_type(gl.int32), bitcast=True) + r[:, None] * STRIDE + i[None, :]
     source = gl.multiple_of(gl.max_contiguous(source, [1, 4]), [1, 16])
-    if SCHEME == "fp8":  # NaN times no scale is NaN: zeros where nobody looks
+    if SCHEME == "fp8":  # what was never written may be NaN, which no scale makes zero
         within = gl.arange(0, _U, gl.SliceLayout(1, layout))
         seen = within < high - start
         if LOWER:
