@@ -607,15 +607,14 @@ def paged_prefill(
             key_per = value_per = 2
             back = matrix
             geometry = _portable_geometry(layout, rows, device)
-        bounded = window or softcap or raw is not None
-        specialized = fast and not bounded and generation(device) == 9
+        specialized = fast and generation(device) == 9
         specialized = specialized and history_gluon.serves(layout, padded, max_chunk)
         chosen = _geometries[0] or (history_gluon.resources_of(layout) if specialized else geometry)
         if isinstance(chosen, history_gluon.Resources):
             earlier, logs = history_gluon.attend_history(
                 query, pages, block_tables, cu_chunk_lens, history_lens, layout, matrix, back,
-                max_chunk=max_chunk, max_history=max_history, scale=scale,
-                processors=_multiprocessors(device), resources=chosen,
+                max_chunk=max_chunk, max_history=max_history, scale=scale, window=window, softcap=softcap,
+                raw=raw, processors=_multiprocessors(device), resources=chosen,
             )  # fmt: skip
             splits = len(logs)
         else:

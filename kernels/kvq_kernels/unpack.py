@@ -17,8 +17,11 @@ from torch import Tensor
 
 from kvq_kernels.codebook import LEVELS
 
-WORD_ELEMENTS = {"none": 2, "turbo": 8, "lm4": 8, "lm2": 16, "int8": 4, "int4": 8, "fp8": 4}
-"""Elements of a 32-bit word of each scheme that can be read here; `none` is read as it lies."""
+WORD_ELEMENTS = {"none": 2, "turbo": 8, "lm4": 8, "lm3": 16, "lm2": 16, "int8": 4, "int4": 8, "fp8": 4}
+"""Elements of a 32-bit word of each scheme that can be read here; `none` is read as it lies.
+
+lm3's words are of two bits, and go with 16 bits each from behind them.
+"""
 
 
 @lru_cache(maxsize=64)
@@ -46,6 +49,7 @@ def unpacked_elements(PER: tl.constexpr, D: tl.constexpr):
 _AND_OR = (0xF0 & 0xCC) | 0xAA
 _AND_XOR = (0xF0 & 0xCC) ^ 0xAA
 _XOR_AND = (0xF0 ^ 0xCC) & 0xAA
+_OR_AND = (0xF0 | 0xCC) & 0xAA
 _NOT_AND = ~0xF0 & 0xCC
 _SIGNS = 0x80008000
 _GATHER = (0x0020, 0x0031)
@@ -118,6 +122,23 @@ def _lm4() -> str:
     return _asm(*lines)
 
 
+def _lm3() -> str:
+    """$8 low bits, $9 high bits, $10 n -> n · level: eight codes at a time become nibbles."""
+    lines = ["and.b32 t, $9, 0xFFFF"]
+    for distance, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)):
+        lines += [f"shl.b32 u, t, {distance}", f"lop3.b32 t, t, u, {mask}, {_OR_AND}"]
+    for parity in range(2):
+        lines += [
+            f"shr.u32 s, $8, {2 * parity}",
+            "and.b32 s, s, 0x33333333",
+            f"shl.b32 u, t, {2 - parity}",
+            f"lop3.b32 i, u, 0x44444444, s, {_AND_OR}",
+            *_look_up(LEVELS[3]),
+            *(f"mul.rn.f16x2 ${2 * k + parity}, p{k}, $10" for k in range(4)),
+        ]
+    return _asm(*lines)
+
+
 def _lm2() -> str:
     """$8 planes, $9 n · (large - small), $10 n · small -> ±n · small or large."""
     lines = [f"mov.b32 x, {_pair(1 / 128)}", f"mov.b32 y, {_pair(-8)}"]
@@ -177,11 +198,25 @@ def _fp8() -> str:
     return _asm(*lines)
 
 
+def _e4m3() -> str:
+    """$2 codes, $3 scale -> e4m3 · scale, by the conversion of sm_89 and later."""
+    return _asm(
+        ".reg .b16 a, b",
+        "prmt.b32 s, $2, $2, 0x3120",
+        "mov.b32 {a, b}, s",
+        "cvt.rn.f16x2.e4m3x2 t, a",
+        "cvt.rn.f16x2.e4m3x2 u, b",
+        "mul.rn.f16x2 $0, t, $3",
+        "mul.rn.f16x2 $1, u, $3",
+    )
+
+
 _ASSEMBLY = {
-    "turbo": (_turbo(), 4, 2), "lm4": (_lm4(), 4, 1), "lm2": (_lm2(), 8, 2),
-    "int8": (_int8(), 2, 2), "int4": (_int4(), 4, 2), "fp8": (_fp8(), 2, 1),
+    "turbo": (_turbo(), 4, 2), "lm4": (_lm4(), 4, 1), "lm3": (_lm3(), 8, 2),
+    "lm2": (_lm2(), 8, 2), "int8": (_int8(), 2, 2), "int4": (_int4(), 4, 2), "fp8": (_fp8(), 2, 1),
+    "e4m3": (_e4m3(), 2, 1),
 }  # fmt: skip
-"""scheme -> instructions, registers that they fill, numbers of the vector that they need beside the codes."""
+"""scheme -> instructions, registers that they fill, operands that they need beside the word."""
 
 
 @triton.constexpr_function
@@ -198,6 +233,13 @@ def registers(scheme: str) -> int:
 @triton.constexpr_function
 def numbers(scheme: str) -> int:
     return _ASSEMBLY[scheme][2]
+
+
+@triton.constexpr_function
+def row_words(scheme: str, head_dim: int) -> int:
+    """Words of a vector's codes."""
+    words = head_dim // WORD_ELEMENTS[scheme]
+    return words * 3 // 2 if scheme == "lm3" else words
 
 
 @triton.constexpr_function
@@ -224,8 +266,10 @@ _LARGEST_SUM = tl.constexpr(65000.0)
 
 
 @triton.jit
-def unpacked(word, first, second, SCHEME: tl.constexpr):
+def unpacked(word, high, first, second, SCHEME: tl.constexpr):
     """Words [N, W] and their vectors' metadata [N], see `load_meta` -> fp16 [N, D] in `unpacked_order`.
+
+    high [N, W]: lm3's high bits, not looked at otherwise. "e4m3" is fp8 on sm_89 and later.
 
     Calls no other kernel function, so that Gluon can compile it as well. Clamped NaN stays NaN.
     """
@@ -234,8 +278,10 @@ def unpacked(word, first, second, SCHEME: tl.constexpr):
     COUNT: tl.constexpr = registers(SCHEME)
     first = first.to(tl.float32)
     second = second.to(tl.float32)
-    if SCHEME == "fp8":
-        x = tl.minimum(first, _LARGEST_SCALE, propagate_nan=_ALL) * 256.0
+    if SCHEME == "fp8" or SCHEME == "e4m3":
+        x = tl.minimum(first, _LARGEST_SCALE, propagate_nan=_ALL)
+        if SCHEME == "fp8":
+            x *= 256.0
     elif SCHEME == "int8" or SCHEME == "int4":
         CODES: tl.constexpr = 255.0 if SCHEME == "int8" else 15.0
         x = tl.minimum(first, (second - _LARGEST_SUM) * (-1 / CODES), propagate_nan=_ALL)
@@ -246,14 +292,15 @@ def unpacked(word, first, second, SCHEME: tl.constexpr):
             y = -x * second
         elif SCHEME == "lm4":
             x = -x
-        else:
-            tl.static_assert(SCHEME == "lm2")
+        elif SCHEME == "lm2":
             y = x * _SMALL
             x = x * (_LARGE - _SMALL)
     # each number twice in a register
     x = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
     x = tl.broadcast_to(x[:, None], (N, W))
-    if numbers(SCHEME) == 2:
+    if SCHEME == "lm3":
+        operands = [word, high.to(tl.int32), x]
+    elif numbers(SCHEME) == 2:
         y = (y.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
         operands = [word, x, tl.broadcast_to(y[:, None], (N, W))]
     else:
@@ -308,7 +355,12 @@ def unpack_tile(
     else:
         W: tl.constexpr = D // PER
         i = tl.arange(0, W)
+        STRIDE: tl.constexpr = row_words(SCHEME, D)
         # codes of invalid rows need no mask: whatever they are, their metadata is zero
-        word = tl.load(codes.to(tl.pointer_type(tl.int32), bitcast=True) + row[:, None] * W + i[None, :])
-        tile = unpacked(word, first, second, SCHEME)
+        word = tl.load(codes.to(tl.pointer_type(tl.int32), bitcast=True) + row[:, None] * STRIDE + i[None, :])
+        high = word
+        if SCHEME == "lm3":
+            halves = (codes + W * 4).to(tl.pointer_type(tl.int16), bitcast=True)
+            high = tl.load(halves + row[:, None] * (STRIDE * 2) + i[None, :])
+        tile = unpacked(word, high, first, second, SCHEME)
     return tile

@@ -100,7 +100,7 @@ else:
         {
             "codecs": (
                 "turbo:lm2", "lm2:turbo", "turbo-rms:lm4", "lm4:int4", "int4:int8", "int8:fp8", "fp8:none",
-                "none:lm2",
+                "none:lm2", "lm3:lm3",
             ),
             "head_dim": (64, 128),
             "group": (1, 3, 8),
