@@ -1,16 +1,17 @@
 """Prefill over quantized history on Hopper: some warps unpack while others multiply.
 
-A program has 128 rows (token, query head of the group) of one kv head and walks over tiles of 64 tokens:
+A program has 128 rows (token, query head of the group) of one kv head and walks over tiles of tokens:
 
-- two *producers*, a warpgroup for keys and one for values, load codes one tile ahead, unpack them to fp16
-  (`unpack.py`) and put the tiles into rings in shared memory: nothing of the history is ever unpacked to
-  device memory;
+- two *producers*, warps for keys and warps for values, copy codes into shared memory some units of 64 tokens
+  ahead, unpack them to fp16 (`unpack.py`) and put the tiles into rings in shared memory: nothing of the
+  history is ever unpacked to device memory;
 - two *consumers*, warpgroups of 64 rows each, multiply tiles by `wgmma` and do the softmax. Queries and
   weights stay in registers. Scores of a tile and the weighted values of the tile before are under way at
   once, and so is the softmax (J. Shah et al., FlashAttention-3, 2024).
 
-A producer says `full` of a stage of its ring, the consumers `empty` of a stage of both. The last tile comes
-first: it is the only one that may reach beyond the history, so that no other has to be masked.
+A producer says `full` of a stage of its ring, the consumers `empty`. The last tile comes first. Only tiles
+that not every row sees whole are masked: the last one, and with windows or unquantized tokens those at
+either end.
 """
 
 from functools import lru_cache
@@ -317,6 +318,8 @@ def _attend(
         m = m_new
         stage_after = gl.where(next_stage == STAGES - 1, 0, next_stage + 1)
         phase_after = gl.where(next_stage == STAGES - 1, next_phase ^ 1, next_phase)
+        # here, not at the top: ptxas moves nothing across its loop, and the wait for the values stays behind
+        # the softmax
         mbarrier.wait(full_k.index(stage_after), phase_after, pred=tile - i > first)
         acc, rounded = warpgroup_mma_wait(0, deps=[next_acc, weights.to(gl.float16)])
         mbarrier.arrive(empty_v.index(stage), count=1)

@@ -5,8 +5,7 @@ each query their weighted mean, rotated back, and the logarithm of their weights
 fresh tokens continues from there. Rows of a tile are (token, query head of the group).
 
 On sm_80 and later, codes are unpacked to fp16 by `unpack.py`, and on Hopper `history_gluon.py` has some warps
-do that while others multiply, where every query sees the whole history. `bits.py` serves older GPUs, float32,
-head dims that are no power of two, lm3 and qjl.
+do that while others multiply. `bits.py` serves older GPUs, float32, head dims that are no power of two, qjl.
 """
 
 from functools import lru_cache
