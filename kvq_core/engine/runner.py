@@ -81,9 +81,7 @@ class ModelRunner:
 
     def plan(self, step: Step) -> Work:
         """What every rank does in a step, in plain data; takes note of all that changed since the last."""
-        exact = Sizes(
-            len(step.decodes), step.num_tokens, len(step.chunks), any(c.start for c in step.chunks)
-        )
+        exact = Sizes(len(step.decodes), step.num_tokens, len(step.chunks), any(c.start for c in step.chunks))
         sizes = self.graphs.fit(exact) if self.graphs is not None else None
         policy, blocks = self.cache.plan.policy, self.cache.blocks
         packed = None
