@@ -42,8 +42,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-UP_TILE = Tile(rows=128, tokens=128, depth=64, stages=3, warps=8)
-DOWN_TILE = Tile(rows=256, tokens=128, depth=64, stages=3, warps=8)
+UP_TILE = Tile(rows=128, tokens=128, depth=64, stages=4, warps=8)
+DOWN_TILE = Tile(rows=128, tokens=128, depth=64, stages=3, warps=4)
 
 
 @triton.jit
