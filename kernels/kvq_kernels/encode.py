@@ -2,10 +2,10 @@
 
 Tiles are [R, D], D padded to a power of two (`DP`). A row lies in a few lanes of one warp, contiguous
 elements in each: sums over it need two or three shuffles, packing and most of the rotation none. Codes are
-floats that hold small integers, exactly, until they are packed: additions and products are twice as fast as
-comparisons, selections and shifts. Levels lie alike on both sides of zero: magnitudes are coded, signs set
-last. Divisions by a row's number are products, square roots of the rotated codecs approximate to the last
-place or two.
+floats that hold small integers, exactly, until they are packed, and comparisons products that saturate to 0
+or 1: additions and products are twice as fast as comparisons, selections and shifts. Levels lie alike on both
+sides of zero: magnitudes are coded, signs set last. Divisions by a row's number are products, square roots of
+the rotated codecs approximate to the last place or two.
 """
 
 import triton
