@@ -399,7 +399,7 @@ def paged_decode(
         out = torch.empty(requests, query_heads, value_dim, dtype=query.dtype, device=device)
     if not requests:
         return out
-    merge = by_warps and raw is None and warp_decode.merges(layout, out, splits)
+    merge = by_warps and raw is None and warp_decode.merges(layout, out, splits, reach)
     per_part = (
         (layout.num_kv_heads, parts, part_floats(value_dim)) if merge else (query_heads, parts, value_dim)
     )

@@ -22,8 +22,9 @@ _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
-_MOST_MERGED = 2
-"""Parts that one warp merges: with more, its loads and fences take longer than a second launch."""
+_MOST_MERGED, _MOST_MERGED_SHORT = 2, 4
+"""Parts that one warp merges, in general and where they are short: with more, its loads and fences take longer
+than a second launch."""
 _COUNTERS = 1 << 14
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -549,10 +550,11 @@ def _counters(device: torch.device) -> Tensor:
     return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
 
-def merges(layout: PageLayout, out: Tensor, splits: int) -> bool:
+def merges(layout: PageLayout, out: Tensor, splits: int, longest: int) -> bool:
     """Whether the launch writes the output itself."""
+    most = _MOST_MERGED_SHORT if longest <= 2 * _MIN_TOKENS * splits else _MOST_MERGED
     return (
-        splits <= _MOST_MERGED
+        splits <= most
         and (splits == 1 or out.shape[0] * layout.num_kv_heads <= _COUNTERS)
         and out.stride(0) % 8 == out.stride(1) % 8 == out.data_ptr() % 16 == 0
     )

@@ -81,7 +81,7 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
         biased = {"bias": key_bias(problem)} if name in BIASED else {}
         decode(problem, paged_decode.paged_decode, splits=4, **biased)
         monkeypatch.setattr(warp_decode, "has_products", lambda device: capability >= 80)
-        for splits in (warp_decode._MOST_MERGED, warp_decode._MOST_MERGED + 1):
+        for splits in (warp_decode._MOST_MERGED, warp_decode._MOST_MERGED_SHORT + 1):
             decode(problem, paged_decode.paged_decode, splits=splits, **biased)
         prefill(chunked, paged_prefill.paged_prefill, **biased)
     specialized = name in SPECIALIZED_CASES and capability == 90
