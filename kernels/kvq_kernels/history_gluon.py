@@ -1,16 +1,17 @@
 """Prefill over quantized history on Hopper: some warps unpack while others multiply.
 
-A program has 128 rows (token, query head of the group) of one kv head and walks over tiles of 64 tokens:
+A program has 128 rows (token, query head of the group) of one kv head and walks over tiles of tokens:
 
-- two *producers*, a warpgroup for keys and one for values, copy codes some units ahead, unpack them to fp16
-  (`unpack.py`) and put the tiles into rings in shared memory: nothing of the history is ever unpacked to
-  device memory;
+- two *producers*, a warpgroup for keys and one for values, copy codes into shared memory some units of 64
+  tokens ahead, unpack them to fp16 (`unpack.py`) and put the tiles into rings in shared memory: nothing of
+  the history is ever unpacked to device memory;
 - two *consumers*, warpgroups of 64 rows each, multiply tiles by `wgmma` and do the softmax. Queries and
   weights stay in registers. Scores of a tile and the weighted values of the tile before are under way at
   once, and so is the softmax (J. Shah et al., FlashAttention-3, 2024).
 
 A producer says `full` of a stage of its ring, the consumers `empty`. The last tile comes first. Only tiles
-that not every row sees whole are masked.
+that not every row sees whole are masked: the last one, and with windows or unquantized tokens those at
+either end.
 """
 
 from functools import lru_cache
@@ -122,10 +123,12 @@ def _start(unit, first, last, N: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    codes, slot, pages, page, page_stride, row,
-    SCHEME: gl.constexpr, D: gl.constexpr, OFFSET: gl.constexpr, META: gl.constexpr, P: gl.constexpr,
+    codes, slot, pages, page, page_stride, start, low, high,
+    SCHEME: gl.constexpr, D: gl.constexpr, OFFSET: gl.constexpr, META: gl.constexpr, LOWER: gl.constexpr,
+    P: gl.constexpr,
 ):  # fmt: skip
-    """Start to copy codes and metadata of the unit that begins at `row` of a page."""
+    """Start to copy codes and metadata of the unit that begins at token `start`, which is in `page`."""
+    row = start % P
     # what is passed to a partition is not known to be aligned
     block = gl.multiple_of(pages + page.to(gl.int64) * page_stride, 16)
     words, highs, metas = codes
@@ -136,7 +139,14 @@ def _copy(
     i = gl.arange(0, W, gl.SliceLayout(0, layout))
     source = (block + OFFSET).to(gl.pointer_type(gl.int32), bitcast=True) + r[:, None] * STRIDE + i[None, :]
     source = gl.multiple_of(gl.max_contiguous(source, [1, 4]), [1, 16])
-    async_copy.async_copy_global_to_shared(words.index(slot), source)
+    if SCHEME == "fp8":  # what was never written may be NaN, which no scale makes zero
+        within = gl.arange(0, _U, gl.SliceLayout(1, layout))
+        seen = within < high - start
+        if LOWER:
+            seen = seen & (within >= low - start)
+        async_copy.async_copy_global_to_shared(words.index(slot), source, mask=seen[:, None])
+    else:
+        async_copy.async_copy_global_to_shared(words.index(slot), source)
     if SCHEME == "lm3":
         of_highs: gl.constexpr = _copied(W, 2)
         r = row + gl.arange(0, _U, gl.SliceLayout(1, of_highs))
@@ -170,7 +180,7 @@ def _produce(
     for ahead in gl.static_range(SLOTS - 1):
         start = _start(ahead, first, last, N)
         page = gl.load(table + gl.minimum(start // P, last_page))
-        _copy(codes, ahead, pages, page, page_stride, start % P, SCHEME, D, OFFSET, META, P)
+        _copy(codes, ahead, pages, page, page_stride, start, low, high, SCHEME, D, OFFSET, META, LOWER, P)
     page = gl.load(table + gl.minimum(_start(SLOTS - 1, first, last, N) // P, last_page))
     slot = 0
     stage = 0
@@ -190,7 +200,7 @@ def _produce(
                 b = gl.where(valid, metas.index(slot).slice(_U, _U).load(by_row), 0.0)
             word = words.index(slot).load(of_words)
             third = highs.index(slot).load(of_words) if SCHEME == "lm3" else word
-            tile = _unpacked(word, third, a, b, SCHEME)
+            tile = _unpacked(word, third, a, b, "e4m3" if SCHEME == "fp8" else SCHEME)
             ring.index(stage).slice(part * _U, _U).store(tile)
             if part == UNITS - 1:
                 fence_async_shared()
@@ -198,7 +208,9 @@ def _produce(
             # only now: the fence would wait for them
             free = gl.where(slot == 0, SLOTS - 1, slot - 1)
             start = _start(unit + SLOTS - 1, first, last, N)
-            _copy(codes, free, pages, page, page_stride, start % P, SCHEME, D, OFFSET, META, P)
+            _copy(
+                codes, free, pages, page, page_stride, start, low, high, SCHEME, D, OFFSET, META, LOWER, P
+            )  # fmt: skip
             page = gl.load(table + gl.minimum(_start(unit + SLOTS, first, last, N) // P, last_page))
             slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
         stage += 1
@@ -254,9 +266,9 @@ def _masked(scores, tile, t, bounds, WINDOW: gl.constexpr, RECENT: gl.constexpr,
 
 @gluon.jit
 def _attend(
-    state, tile, count, q, grow, units, t, bounds, scale, softcap, keys, values, barriers,
+    state, tile, first, count, q, grow, units, t, bounds, scale, softcap, keys, values, barriers,
     MASKED: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, RECENT: gl.constexpr,
-    DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """`count` tiles from `tile` down, each with the values of the one before."""
     p, m, l, acc, stage, phase = state
@@ -267,7 +279,8 @@ def _attend(
         wrap = next_stage == STAGES
         next_stage = gl.where(wrap, 0, next_stage)
         next_phase = gl.where(wrap, phase ^ 1, phase)
-        mbarrier.wait(full_k.index(next_stage), next_phase)
+        if not OVERLAP:
+            mbarrier.wait(full_k.index(next_stage), next_phase)
         next_scores = warpgroup_mma(
             q, keys.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
         )
@@ -288,9 +301,18 @@ def _attend(
         weights = gl.exp2(scores * units[:, None] - (top - LIFT)[:, None])
         l = l * alpha + gl.sum(weights, 1)
         m = m_new
-        acc = warpgroup_mma_wait(0, deps=[next_acc])
+        if OVERLAP:
+            # ptxas moves the softmax behind the wait for the values, unless this loop stands between
+            wrap = next_stage == STAGES - 1
+            stage_after = gl.where(wrap, 0, next_stage + 1)
+            phase_after = gl.where(wrap, next_phase ^ 1, next_phase)
+            mbarrier.wait(full_k.index(stage_after), phase_after, pred=tile - i > first)
+            acc, rounded = warpgroup_mma_wait(0, deps=[next_acc, weights.to(gl.float16)])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[next_acc])
+            rounded = weights.to(gl.float16)
         mbarrier.arrive(empty_v.index(stage), count=1)
-        p = gl.convert_layout(weights.to(gl.float16), _left(DV))
+        p = gl.convert_layout(rounded, _left(DV))
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, _product(DV)))[:, None]
         stage = next_stage
         phase = next_phase
@@ -303,7 +325,7 @@ def _consume(
     KEY_PER: gl.constexpr, VALUE_PER: gl.constexpr,
     WINDOW: gl.constexpr, CAP: gl.constexpr, SINK: gl.constexpr, RECENT: gl.constexpr,
     QUERY_HEADS: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BT: gl.constexpr,
-    DK: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    DK: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Half of the rows over the tiles of the rings."""
     query, query_stride, query_head_stride, begin, length, block, head, scale, softcap, out, logs = rows
@@ -352,6 +374,8 @@ def _consume(
 
     # the others; those that not every row sees whole are at either end
     state = p, m, l, acc, 0, 0
+    if OVERLAP:
+        mbarrier.wait(full_k.index(1), 0, pred=last - first > 1)
     end = gl.minimum(end, last - 1)
     whole = gl.minimum(whole, end)
     for part in gl.static_range(3):
@@ -359,8 +383,8 @@ def _consume(
             begins = last - 1 if part == 0 else (end if part == 1 else whole)
             ends = end if part == 0 else (whole if part == 1 else first)
             state = _attend(
-                state, begins - 1, begins - ends, q, grow, units, t, bounds, scale, softcap,
-                keys, values, barriers, part != 1, WINDOW, CAP, RECENT, DV, N, STAGES,
+                state, begins - 1, first, begins - ends, q, grow, units, t, bounds, scale, softcap,
+                keys, values, barriers, part != 1, WINDOW, CAP, RECENT, DV, N, STAGES, OVERLAP,
             )  # fmt: skip
     p, m, l, acc, stage, phase = state
     mbarrier.wait(full_v.index(stage), phase)
@@ -459,7 +483,7 @@ def _history_gluon_kernel(
     QUERY_HEADS: gl.constexpr, G: gl.constexpr, GP: gl.constexpr,
     DK: gl.constexpr, DV: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BT: gl.constexpr,
     SPLIT_TILES: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """BT tokens of one chunk and one kv head a program, over one of `splits` parts of the pages.
 
@@ -528,11 +552,11 @@ def _history_gluon_kernel(
             [
                 (_consume, (
                     rows, work, 0, KEY_ROTATED, VALUE_ROTATED, KEY_PER, VALUE_PER, WINDOW, CAP, SINK, RECENT,
-                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES,
+                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES, OVERLAP,
                 )),
                 (_consume, (
                     rows, work, 1, KEY_ROTATED, VALUE_ROTATED, KEY_PER, VALUE_PER, WINDOW, CAP, SINK, RECENT,
-                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES,
+                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES, OVERLAP,
                 )),
                 (_produce, (
                     source, key_codes, keys, full_k, empty_k, KEY, DK, 0, META_OFFSET, LOWER,
@@ -563,9 +587,11 @@ class Resources(NamedTuple):
     producer: int
     """Registers of a thread."""
     consumer: int
+    overlap: bool = False
+    """Whether the softmax of a tile is done before the values of the tile before are waited for."""
 
 
-_WIDE = Resources(64, 2, 4, 56, 200)
+_RESOURCES = {"fp8": Resources(64, 2, 4, 56, 200, overlap=True), "int8": Resources(64, 2, 4, 56, 200)}
 _NARROW = Resources(64, 2, 4, 40, 216)
 """Of up to four bits."""
 _SPLIT_TOKENS = 512
@@ -589,8 +615,8 @@ def serves(layout: PageLayout, heads: int, max_chunk: int) -> bool:
 
 def resources_of(layout: PageLayout) -> Resources:
     """Measured on an H200, see NOTES.md."""
-    wide = any(codec.scheme in ("int8", "fp8") for codec in (layout.key, layout.value))
-    return _WIDE if wide else _NARROW
+    schemes = (layout.key.scheme, layout.value.scheme)
+    return next((found for scheme, found in _RESOURCES.items() if scheme in schemes), _NARROW)
 
 
 @lru_cache(maxsize=1024)
@@ -656,6 +682,7 @@ def attend_history(
         RECENT=0 if raw is None else raw.recent, QUERY_HEADS=query_heads, G=group, GP=padded,
         DK=layout.key_dim, DV=layout.value_dim, P=layout.page_size, N=resources.tokens, BT=block_tokens,
         SPLIT_TILES=_SPLIT_TOKENS // resources.tokens, STAGES=resources.stages, SLOTS=resources.slots,
-        PRODUCER_REGISTERS=resources.producer, CONSUMER_REGISTERS=resources.consumer, num_warps=_WARPS,
+        PRODUCER_REGISTERS=resources.producer, CONSUMER_REGISTERS=resources.consumer,
+        OVERLAP=resources.overlap, num_warps=_WARPS,
     )  # fmt: skip
     return means, logs

@@ -198,9 +198,23 @@ def _fp8() -> str:
     return _asm(*lines)
 
 
+def _e4m3() -> str:
+    """$2 codes, $3 scale -> e4m3 · scale, by the conversion of sm_89 and later."""
+    return _asm(
+        ".reg .b16 a, b",
+        "prmt.b32 s, $2, $2, 0x3120",
+        "mov.b32 {a, b}, s",
+        "cvt.rn.f16x2.e4m3x2 t, a",
+        "cvt.rn.f16x2.e4m3x2 u, b",
+        "mul.rn.f16x2 $0, t, $3",
+        "mul.rn.f16x2 $1, u, $3",
+    )
+
+
 _ASSEMBLY = {
     "turbo": (_turbo(), 4, 2), "lm4": (_lm4(), 4, 1), "lm3": (_lm3(), 8, 2),
     "lm2": (_lm2(), 8, 2), "int8": (_int8(), 2, 2), "int4": (_int4(), 4, 2), "fp8": (_fp8(), 2, 1),
+    "e4m3": (_e4m3(), 2, 1),
 }  # fmt: skip
 """scheme -> instructions, registers that they fill, operands that they need beside the word."""
 
@@ -255,7 +269,7 @@ _LARGEST_SUM = tl.constexpr(65000.0)
 def unpacked(word, high, first, second, SCHEME: tl.constexpr):
     """Words [N, W] and their vectors' metadata [N], see `load_meta` -> fp16 [N, D] in `unpacked_order`.
 
-    high [N, W]: lm3's high bits, not looked at otherwise.
+    high [N, W]: lm3's high bits, not looked at otherwise. "e4m3" is fp8 on sm_89 and later.
 
     Calls no other kernel function, so that Gluon can compile it as well. Clamped NaN stays NaN.
     """
@@ -264,8 +278,10 @@ def unpacked(word, high, first, second, SCHEME: tl.constexpr):
     COUNT: tl.constexpr = registers(SCHEME)
     first = first.to(tl.float32)
     second = second.to(tl.float32)
-    if SCHEME == "fp8":
-        x = tl.minimum(first, _LARGEST_SCALE, propagate_nan=_ALL) * 256.0
+    if SCHEME == "fp8" or SCHEME == "e4m3":
+        x = tl.minimum(first, _LARGEST_SCALE, propagate_nan=_ALL)
+        if SCHEME == "fp8":
+            x *= 256.0
     elif SCHEME == "int8" or SCHEME == "int4":
         CODES: tl.constexpr = 255.0 if SCHEME == "int8" else 15.0
         x = tl.minimum(first, (second - _LARGEST_SUM) * (-1 / CODES), propagate_nan=_ALL)

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import torch
 
 _TRUTH = (0xF0, 0xCC, 0xAA)
 
@@ -20,7 +21,11 @@ def run(assembly: str, *inputs: np.ndarray) -> list[np.ndarray]:
 
     for line in assembly.strip("{}\n").split(";"):
         operation, _, operands = line.strip().partition(" ")
-        if operation and operation != ".reg":
+        if operands.startswith("{"):
+            halves, source = operands[1:].split("},")
+            for i, to in enumerate(halves.split(",")):
+                registers[to.strip()] = value(source.strip()) >> np.uint32(16 * i) & np.uint32(0xFFFF)
+        elif operation and operation != ".reg":
             to, *sources = (operand.strip() for operand in operands.split(","))
             registers[to] = _execute(operation, *(value(source) for source in sources))
     return [registers[f"${i}"] for i in range(outputs)]
@@ -33,6 +38,10 @@ def _execute(operation: str, *x: np.ndarray) -> np.ndarray:
         scaled = a * rest[0] if name in ("fma", "mul") else a
         result = scaled + rest[-1] if name in ("fma", "add") else scaled
         return result.astype(np.float16).view(np.uint32)
+    if name == "cvt":
+        assert operation == "cvt.rn.f16x2.e4m3x2"
+        codes = torch.from_numpy(x[0].astype(np.uint16).view(np.uint8)).view(torch.float8_e4m3fn)
+        return codes.half().numpy().view(np.uint32)
     if name == "prmt":
         both = x[0].astype(np.uint64) | x[1].astype(np.uint64) << np.uint64(32)
         result = np.zeros_like(x[0])

@@ -30,23 +30,23 @@ def operands(scheme: str, meta: torch.Tensor) -> list[np.ndarray]:
     if scheme == "lm2":
         small, large = LEVELS[2][2:]
         return [pair(first * (large - small)), pair(first * small)]
-    if scheme == "fp8":
-        return [pair(first * 256)]
+    if scheme in ("fp8", "e4m3"):
+        return [pair(first * 256 if scheme == "fp8" else first)]
     if scheme in ("lm4", "lm3"):
         return [pair(-first if scheme == "lm4" else first)]
     return [pair(first), pair(second)]
 
 
-@pytest.mark.parametrize("name", ["turbo", "turbo-rms", "lm4", "lm3", "lm2", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("name", ["turbo", "turbo-rms", "lm4", "lm3", "lm2", "int8", "int4", "fp8", "e4m3"])
 def test_unpacks_what_the_codec_decodes(name: str) -> None:
-    codec = get_codec(name)
-    scheme = codec.scheme
+    codec = get_codec("fp8" if name == "e4m3" else name)
+    scheme = name if name == "e4m3" else codec.scheme
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(
         0, 256, (300, codec.code_bytes(HEAD_DIM, torch.float16)), generator=generator
     ).byte()
     codes[:256] = torch.arange(256, dtype=torch.uint8)[:, None]
-    if scheme == "fp8":
+    if codec.scheme == "fp8":
         codes[(codes & 127) == 127] = 0  # NaN, which is never written
     meta = torch.rand(300, codec.num_meta, generator=generator).add_(0.1).half()
     words, more = codes.numpy(), []
@@ -58,11 +58,11 @@ def test_unpacks_what_the_codec_decodes(name: str) -> None:
     assert len(others) == unpack.numbers(scheme)
     registers = ptx.run(unpack.assembly(scheme), words, *others)
     assert len(registers) == unpack.registers(scheme)
-    assert len(registers) * 2 == WORD_ELEMENTS[scheme]
+    assert len(registers) * 2 == WORD_ELEMENTS[codec.scheme]
     halves = [r.view(np.float16).reshape(*words.shape, 2) for r in registers]
     columns = torch.from_numpy(np.stack(halves, 2).astype(np.float64)).reshape(300, HEAD_DIM)
     ours = torch.empty_like(columns)
-    ours[:, unpacked_order(WORD_ELEMENTS[scheme], HEAD_DIM, torch.device("cpu"))] = columns
+    ours[:, unpacked_order(WORD_ELEMENTS[codec.scheme], HEAD_DIM, torch.device("cpu"))] = columns
     expected = codec.decode(codes, meta, HEAD_DIM, torch.float64)
     # turbo and lm2 round what they add and multiply as well
     torch.testing.assert_close(ours, expected, rtol=2**-9, atol=2**-11)
