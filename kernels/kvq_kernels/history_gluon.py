@@ -2,9 +2,9 @@
 
 A program has 128 rows (token, query head of the group) of one kv head and walks over tiles of tokens:
 
-- two *producers*, warps for keys and warps for values, copy codes into shared memory some units of 64 tokens
-  ahead, unpack them to fp16 (`unpack.py`) and put the tiles into rings in shared memory: nothing of the
-  history is ever unpacked to device memory;
+- two *producers*, a warpgroup for keys and one for values, copy codes into shared memory some units of 64
+  tokens ahead, unpack them to fp16 (`unpack.py`) and put the tiles into rings in shared memory: nothing of
+  the history is ever unpacked to device memory;
 - two *consumers*, warpgroups of 64 rows each, multiply tiles by `wgmma` and do the softmax. Queries and
   weights stay in registers. Scores of a tile and the weighted values of the tile before are under way at
   once, and so is the softmax (J. Shah et al., FlashAttention-3, 2024).
@@ -61,40 +61,39 @@ def _powers(start: int, stop: int):
 
 
 @gluon.constexpr_function
-def _piece(width: int, warps: int):
-    """Words of a row that a lane reads at once: 16 bytes, or fewer, so that every lane has some."""
-    return min(4, UNIT * width // (32 * warps))
+def _piece(width: int):
+    """Words of a row that a lane reads at once: 16 bytes, or half a row."""
+    return min(4, width // 2)
 
 
 @gluon.constexpr_function
-def _words(width: int, warps: int):
-    """Words [64, width] in registers of 4 or 8 warps: eight lanes have the same columns of eight rows.
+def _words(width: int):
+    """Words [64, width] in registers: eight lanes have pieces of the same columns of eight rows.
 
     Their 16-byte stores of what the words become then meet every bank of shared memory once, in rows that
     its swizzling tells apart; and so do their loads, see `_code_rows`.
     """
-    piece = _piece(width, warps)
+    piece = _piece(width)
     columns = [[0, x] for x in _powers(piece, width)]
     rows = [[8, 0], [16, 0], [32, 0]]
     lanes = [[1, 0], [2, 0], [4, 0], *(columns + rows)[:2]]
     rows = [x for x in rows if x not in lanes]
-    of_warps = warps.bit_length() - 1
-    registers = [[0, x] for x in _powers(1, piece)] + columns[2:] + rows[of_warps:]
-    return gl.DistributedLinearLayout(registers, lanes, rows[:of_warps], [], [64, width])
+    registers = [[0, x] for x in _powers(1, piece)] + columns[2:] + rows[2:]
+    return gl.DistributedLinearLayout(registers, lanes, rows[:2], [], [64, width])
 
 
 @gluon.constexpr_function
-def _code_rows(width: int, warps: int):
+def _code_rows(width: int):
     """Words [64, width] in shared memory: pieces change places by the row."""
-    pieces = width // _piece(width, warps)
-    return gl.SwizzledSharedLayout(_piece(width, warps), max(1, 8 // pieces), min(8, pieces), [1, 0])
+    pieces = width // _piece(width)
+    return gl.SwizzledSharedLayout(_piece(width), max(1, 8 // pieces), min(8, pieces), [1, 0])
 
 
 @gluon.constexpr_function
-def _copied(width: int, size: int, warps: int):
+def _copied(width: int, size: int):
     """[rows, width] numbers of `size` bytes, 16 bytes a lane."""
     across = width * size // 16
-    return gl.BlockedLayout([1, 16 // size], [32 // across, across], [warps, 1], [1, 0])
+    return gl.BlockedLayout([1, 16 // size], [32 // across, across], [4, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -126,7 +125,7 @@ def _start(unit, first, last, N: gl.constexpr):
 def _copy(
     codes, slot, pages, page, page_stride, start, low, high,
     SCHEME: gl.constexpr, D: gl.constexpr, OFFSET: gl.constexpr, META: gl.constexpr, LOWER: gl.constexpr,
-    P: gl.constexpr, WARPS: gl.constexpr,
+    P: gl.constexpr,
 ):  # fmt: skip
     """Start to copy codes and metadata of the unit that begins at token `start`, which is in `page`."""
     row = start % P
@@ -135,7 +134,7 @@ def _copy(
     words, highs, metas = codes
     W: gl.constexpr = words.shape[2]
     STRIDE: gl.constexpr = _row_words(SCHEME, D)
-    layout: gl.constexpr = _copied(W, 4, WARPS)
+    layout: gl.constexpr = _copied(W, 4)
     r = row + gl.arange(0, _U, gl.SliceLayout(1, layout))
     i = gl.arange(0, W, gl.SliceLayout(0, layout))
     source = (block + OFFSET).to(gl.pointer_type(gl.int32), bitcast=True) + r[:, None] * STRIDE + i[None, :]
@@ -149,14 +148,14 @@ def _copy(
     else:
         async_copy.async_copy_global_to_shared(words.index(slot), source)
     if SCHEME == "lm3":
-        of_highs: gl.constexpr = _copied(W, 2, WARPS)
+        of_highs: gl.constexpr = _copied(W, 2)
         r = row + gl.arange(0, _U, gl.SliceLayout(1, of_highs))
         i = gl.arange(0, W, gl.SliceLayout(0, of_highs))
         half = (block + OFFSET + W * 4).to(gl.pointer_type(gl.int16), bitcast=True)
         source = gl.max_contiguous(half + r[:, None] * (STRIDE * 2) + i[None, :], [1, 8])
         async_copy.async_copy_global_to_shared(highs.index(slot), gl.multiple_of(source, [1, 16]))
     COUNT: gl.constexpr = metas.shape[1] // _U
-    i = gl.arange(0, COUNT * _U, gl.BlockedLayout([8], [32], [WARPS], [0]))
+    i = gl.arange(0, COUNT * _U, gl.BlockedLayout([8], [32], [4], [0]))
     numbers = (block + META).to(gl.pointer_type(gl.float16), bitcast=True)
     source = numbers + i // _U * P + (row + i % _U)
     source = gl.multiple_of(gl.max_contiguous(source, 8), 16)
@@ -168,22 +167,20 @@ def _copy(
 def _produce(
     work, codes, ring, full, empty, SCHEME: gl.constexpr, D: gl.constexpr, OFFSET: gl.constexpr,
     META: gl.constexpr, LOWER: gl.constexpr, P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    SLOTS: gl.constexpr, WARPS: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Tiles last - 1 … first of K or V into the ring; codes are copied SLOTS - 1 units ahead."""
     pages, table, page_stride, first, last, low, high = work
     words, highs, metas = codes
     UNITS: gl.constexpr = N // _U
     W: gl.constexpr = words.shape[2]
-    of_words: gl.constexpr = _words(W, WARPS)
+    of_words: gl.constexpr = _words(W)
     by_row: gl.constexpr = gl.SliceLayout(1, of_words)
     last_page = (high - 1) // P
     for ahead in gl.static_range(SLOTS - 1):
         start = _start(ahead, first, last, N)
         page = gl.load(table + gl.minimum(start // P, last_page))
-        _copy(
-            codes, ahead, pages, page, page_stride, start, low, high, SCHEME, D, OFFSET, META, LOWER, P, WARPS
-        )
+        _copy(codes, ahead, pages, page, page_stride, start, low, high, SCHEME, D, OFFSET, META, LOWER, P)
     page = gl.load(table + gl.minimum(_start(SLOTS - 1, first, last, N) // P, last_page))
     slot = 0
     stage = 0
@@ -212,22 +209,8 @@ def _produce(
             free = gl.where(slot == 0, SLOTS - 1, slot - 1)
             start = _start(unit + SLOTS - 1, first, last, N)
             _copy(
-                codes,
-                free,
-                pages,
-                page,
-                page_stride,
-                start,
-                low,
-                high,
-                SCHEME,
-                D,
-                OFFSET,
-                META,
-                LOWER,
-                P,
-                WARPS,
-            )
+                codes, free, pages, page, page_stride, start, low, high, SCHEME, D, OFFSET, META, LOWER, P
+            )  # fmt: skip
             page = gl.load(table + gl.minimum(_start(unit + SLOTS, first, last, N) // P, last_page))
             slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
         stage += 1
@@ -285,9 +268,9 @@ def _masked(scores, tile, t, bounds, WINDOW: gl.constexpr, RECENT: gl.constexpr,
 def _attend(
     state, tile, first, count, q, grow, units, t, bounds, scale, softcap, keys, values, barriers,
     MASKED: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, RECENT: gl.constexpr,
-    DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """`count` tiles from `tile` down, whose keys are there, each with the values of the one before."""
+    """`count` tiles from `tile` down, each with the values of the one before."""
     p, m, l, acc, stage, phase = state
     full_k, empty_k, full_v, empty_v = barriers
     nothing = gl.zeros([_M, N], gl.float32, _product(N))
@@ -296,6 +279,8 @@ def _attend(
         wrap = next_stage == STAGES
         next_stage = gl.where(wrap, 0, next_stage)
         next_phase = gl.where(wrap, phase ^ 1, phase)
+        if not OVERLAP:
+            mbarrier.wait(full_k.index(next_stage), next_phase)
         next_scores = warpgroup_mma(
             q, keys.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
         )
@@ -316,12 +301,16 @@ def _attend(
         weights = gl.exp2(scores * units[:, None] - (top - LIFT)[:, None])
         l = l * alpha + gl.sum(weights, 1)
         m = m_new
-        stage_after = gl.where(next_stage == STAGES - 1, 0, next_stage + 1)
-        phase_after = gl.where(next_stage == STAGES - 1, next_phase ^ 1, next_phase)
-        # here, not at the top: ptxas moves nothing across its loop, and the wait for the values stays behind
-        # the softmax
-        mbarrier.wait(full_k.index(stage_after), phase_after, pred=tile - i > first)
-        acc, rounded = warpgroup_mma_wait(0, deps=[next_acc, weights.to(gl.float16)])
+        if OVERLAP:
+            # ptxas moves the softmax behind the wait for the values, unless this loop stands between
+            wrap = next_stage == STAGES - 1
+            stage_after = gl.where(wrap, 0, next_stage + 1)
+            phase_after = gl.where(wrap, next_phase ^ 1, next_phase)
+            mbarrier.wait(full_k.index(stage_after), phase_after, pred=tile - i > first)
+            acc, rounded = warpgroup_mma_wait(0, deps=[next_acc, weights.to(gl.float16)])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[next_acc])
+            rounded = weights.to(gl.float16)
         mbarrier.arrive(empty_v.index(stage), count=1)
         p = gl.convert_layout(rounded, _left(DV))
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, _product(DV)))[:, None]
@@ -336,7 +325,7 @@ def _consume(
     KEY_PER: gl.constexpr, VALUE_PER: gl.constexpr,
     WINDOW: gl.constexpr, CAP: gl.constexpr, SINK: gl.constexpr, RECENT: gl.constexpr,
     QUERY_HEADS: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BT: gl.constexpr,
-    DK: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    DK: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Half of the rows over the tiles of the rings."""
     query, query_stride, query_head_stride, begin, length, block, head, scale, softcap, out, logs = rows
@@ -347,7 +336,7 @@ def _consume(
     by_values: gl.constexpr = gl.SliceLayout(1, of_values)
 
     # queries, rotated like the keys, as fp16
-    loaded: gl.constexpr = _copied(DK, 2, 4)
+    loaded: gl.constexpr = _copied(DK, 2)
     r = gl.arange(0, _M, gl.SliceLayout(1, loaded)) + HALF * _M
     at, query_head, real = _places(r, begin, length, block, head, G, GP, BT)
     source = query + at * query_stride + query_head * query_head_stride
@@ -385,7 +374,8 @@ def _consume(
 
     # the others; those that not every row sees whole are at either end
     state = p, m, l, acc, 0, 0
-    mbarrier.wait(full_k.index(1), 0, pred=last - first > 1)
+    if OVERLAP:
+        mbarrier.wait(full_k.index(1), 0, pred=last - first > 1)
     end = gl.minimum(end, last - 1)
     whole = gl.minimum(whole, end)
     for part in gl.static_range(3):
@@ -394,7 +384,7 @@ def _consume(
             ends = end if part == 0 else (whole if part == 1 else first)
             state = _attend(
                 state, begins - 1, first, begins - ends, q, grow, units, t, bounds, scale, softcap,
-                keys, values, barriers, part != 1, WINDOW, CAP, RECENT, DV, N, STAGES,
+                keys, values, barriers, part != 1, WINDOW, CAP, RECENT, DV, N, STAGES, OVERLAP,
             )  # fmt: skip
     p, m, l, acc, stage, phase = state
     mbarrier.wait(full_v.index(stage), phase)
@@ -430,24 +420,19 @@ def _consume(
 @gluon.jit
 def _load_square(matrix, D: gl.constexpr):
     """A matrix [D, D] into shared memory."""
-    x = gl.arange(0, D, gl.SliceLayout(1, _copied(D, 2, 4)))
-    y = gl.arange(0, D, gl.SliceLayout(0, _copied(D, 2, 4)))
+    x = gl.arange(0, D, gl.SliceLayout(1, _copied(D, 2)))
+    y = gl.arange(0, D, gl.SliceLayout(0, _copied(D, 2)))
     tile = gl.load(matrix + x[:, None] * D + y[None, :])
     return gl.allocate_shared_memory(tile.dtype, [D, D], _TILE, tile)
 
 
 @gluon.jit
 def _code_rings(
-    SCHEME: gl.constexpr,
-    PER: gl.constexpr,
-    D: gl.constexpr,
-    META: gl.constexpr,
-    SLOTS: gl.constexpr,
-    WARPS: gl.constexpr,
+    SCHEME: gl.constexpr, PER: gl.constexpr, D: gl.constexpr, META: gl.constexpr, SLOTS: gl.constexpr
 ):
     """Words, lm3's high bits, and META numbers of each token of SLOTS units."""
     W: gl.constexpr = D // PER
-    layout: gl.constexpr = _code_rows(W, WARPS)
+    layout: gl.constexpr = _code_rows(W)
     words = gl.allocate_shared_memory(gl.int32, [SLOTS, _U, W], layout)
     highs = words
     if SCHEME == "lm3":
@@ -498,8 +483,7 @@ def _history_gluon_kernel(
     QUERY_HEADS: gl.constexpr, G: gl.constexpr, GP: gl.constexpr,
     DK: gl.constexpr, DV: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BT: gl.constexpr,
     SPLIT_TILES: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-    KEY_WARPS: gl.constexpr, KEY_REGISTERS: gl.constexpr, VALUE_REGISTERS: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """BT tokens of one chunk and one kv head a program, over one of `splits` parts of the pages.
 
@@ -541,8 +525,8 @@ def _history_gluon_kernel(
     if present & (first < last):
         keys = gl.allocate_shared_memory(gl.float16, [STAGES, N, DK], _TILE)
         values = gl.allocate_shared_memory(gl.float16, [STAGES, N, DV], _TILE)
-        key_codes = _code_rings(KEY, KEY_PER, DK, KEY_META, SLOTS, KEY_WARPS)
-        value_codes = _code_rings(VALUE, VALUE_PER, DV, VALUE_META, SLOTS, 4)
+        key_codes = _code_rings(KEY, KEY_PER, DK, KEY_META, SLOTS)
+        value_codes = _code_rings(VALUE, VALUE_PER, DV, VALUE_META, SLOTS)
         full_k, empty_k = _barriers(STAGES, 1), _barriers(STAGES, 2)
         full_v, empty_v = _barriers(STAGES, 1), _barriers(STAGES, 2)
         rotation = keys.index(0)  # not looked at
@@ -568,23 +552,23 @@ def _history_gluon_kernel(
             [
                 (_consume, (
                     rows, work, 0, KEY_ROTATED, VALUE_ROTATED, KEY_PER, VALUE_PER, WINDOW, CAP, SINK, RECENT,
-                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES,
+                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES, OVERLAP,
                 )),
                 (_consume, (
                     rows, work, 1, KEY_ROTATED, VALUE_ROTATED, KEY_PER, VALUE_PER, WINDOW, CAP, SINK, RECENT,
-                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES,
+                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES, OVERLAP,
                 )),
                 (_produce, (
                     source, key_codes, keys, full_k, empty_k, KEY, DK, 0, META_OFFSET, LOWER,
-                    P, N, STAGES, SLOTS, KEY_WARPS,
+                    P, N, STAGES, SLOTS,
                 )),
                 (_produce, (
                     source, value_codes, values, full_v, empty_v, VALUE, DV, VALUE_OFFSET, VALUE_META_OFFSET,
-                    LOWER, P, N, STAGES, SLOTS, 4,
+                    LOWER, P, N, STAGES, SLOTS,
                 )),
             ],
-            [4, KEY_WARPS, 4],
-            [CONSUMER_REGISTERS, KEY_REGISTERS, VALUE_REGISTERS],
+            [4, 4, 4],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
 
 
@@ -600,14 +584,16 @@ class Resources(NamedTuple):
     """Tiles in a ring."""
     slots: int
     """Units of codes in a ring, one of them being unpacked."""
-    key_warps: int
-    key: int
-    """Registers of a thread that unpacks keys."""
-    value: int
+    producer: int
+    """Registers of a thread."""
     consumer: int
+    overlap: bool = False
+    """Whether the softmax of a tile is done before the values of the tile before are waited for."""
 
 
-_DEFAULT = Resources(64, 2, 4, 4, 56, 56, 200)
+_RESOURCES = {"fp8": Resources(64, 2, 4, 56, 200, overlap=True), "int8": Resources(64, 2, 4, 56, 200)}
+_NARROW = Resources(64, 2, 4, 40, 216)
+"""Of up to four bits."""
 _SPLIT_TOKENS = 512
 """Of history, that a program of its own is worth."""
 _MOST_SPLITS = 16
@@ -629,7 +615,8 @@ def serves(layout: PageLayout, heads: int, max_chunk: int) -> bool:
 
 def resources_of(layout: PageLayout) -> Resources:
     """Measured on an H200, see NOTES.md."""
-    return _DEFAULT
+    schemes = (layout.key.scheme, layout.value.scheme)
+    return next((found for scheme, found in _RESOURCES.items() if scheme in schemes), _NARROW)
 
 
 @lru_cache(maxsize=1024)
@@ -695,7 +682,7 @@ def attend_history(
         RECENT=0 if raw is None else raw.recent, QUERY_HEADS=query_heads, G=group, GP=padded,
         DK=layout.key_dim, DV=layout.value_dim, P=layout.page_size, N=resources.tokens, BT=block_tokens,
         SPLIT_TILES=_SPLIT_TOKENS // resources.tokens, STAGES=resources.stages, SLOTS=resources.slots,
-        KEY_WARPS=resources.key_warps, KEY_REGISTERS=resources.key, VALUE_REGISTERS=resources.value,
-        CONSUMER_REGISTERS=resources.consumer, num_warps=_WARPS,
+        PRODUCER_REGISTERS=resources.producer, CONSUMER_REGISTERS=resources.consumer,
+        OVERLAP=resources.overlap, num_warps=_WARPS,
     )  # fmt: skip
     return means, logs
