@@ -23,8 +23,8 @@ _MIN_TOKENS = 128
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
 _MOST_MERGED, _MOST_MERGED_SHORT = 2, 4
-"""Parts that one warp merges, in general and where they are short: with more, its loads and fences take longer
-than a second launch."""
+"""Parts that one warp merges, in general and where they are short: with more, its loads and fences take
+longer than a second launch."""
 _COUNTERS = 1 << 14
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
