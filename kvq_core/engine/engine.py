@@ -9,13 +9,11 @@ from hashlib import sha256
 from itertools import count
 from typing import Any
 
-import torch
-
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.request import Request, RequestOutput, Status
 from kvq_core.engine.runner import PendingTokens
 from kvq_core.engine.scheduler import Scheduler, SchedulerConfig, Step
-from kvq_core.engine.setup import set_up
+from kvq_core.engine.setup import set_up, tear_down
 from kvq_core.errors import KvqError, PromptTooLong
 from kvq_core.models import LoadedModel
 
@@ -210,12 +208,7 @@ class Engine:
         self._in_flight.clear()
         self._requests.clear()
         del self.runner, self.scheduler, self.cache, self.fidelity
-        if self.model.device.type == "cuda":
-            import gc
-
-            torch.cuda.synchronize()
-            gc.collect()
-            torch.cuda.empty_cache()
+        tear_down(self.model.device.type == "cuda")
 
     def _update(self, step: Step, pending: PendingTokens) -> list[RequestOutput]:
         tokens, now, outputs = pending.get(), time.perf_counter(), []

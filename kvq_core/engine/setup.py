@@ -1,7 +1,10 @@
 """What an engine needs on the device, built alike on every rank: a cache, and a runner with its graphs."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from kvq_core.cache.paged import PagedCache
 from kvq_core.cache.plan import CachePlan
@@ -31,7 +34,10 @@ class DeviceSide:
 def set_up(
     model: LoadedModel, config: EngineConfig, progress: Callable[[int, int], None] | None = None
 ) -> DeviceSide:
-    """Plan and allocate the cache, compile layers, capture graphs; raises `KvqError` as `fit_cache` does."""
+    """Plan and allocate the cache, compile layers, capture graphs; raises `KvqError` as `fit_cache` does.
+
+    `tear_down` when it is no longer needed.
+    """
     if model.device.type == "cuda" and model.dtype.itemsize == 2:
         install_experts(model.model)
         if config.compile:
@@ -49,7 +55,21 @@ def set_up(
             or_uncompiled(model, lambda: runner.capture(progress))
         except RuntimeError as error:  # a model with an op that no graph can hold
             runner.without_graphs(error)
+    if model.device.type == "cuda":
+        # What lives now stays. A collection would walk through the libraries' half a million objects, for a
+        # quarter of a second, in which nobody plans the next step.
+        gc.collect()
+        gc.freeze()
     return DeviceSide(config, plan, cache, runner, fidelity)
+
+
+def tear_down(on_gpu: bool) -> None:
+    """Give memory back, once nothing refers to a `DeviceSide` any more."""
+    if on_gpu:
+        torch.cuda.synchronize()
+        gc.unfreeze()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _key_biases(model: LoadedModel, config: EngineConfig, plan: CachePlan) -> dict[int, KeyBias] | None:

@@ -3,7 +3,6 @@
 `python -m kvq_core.parallel.follow`, as `launch` starts it; under torchrun, `kvq` itself ends up here.
 """
 
-import gc
 import logging
 import os
 import sys
@@ -11,13 +10,12 @@ import threading
 import time
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from kvq_core.config import EngineConfig
 from kvq_core.engine.runner import ModelRunner
-from kvq_core.engine.setup import set_up
+from kvq_core.engine.setup import set_up, tear_down
 from kvq_core.engine.work import Work
 from kvq_core.errors import KvqError
 from kvq_core.models import LoadedModel
@@ -62,10 +60,7 @@ class Follower:
 
     def close(self, number: int) -> None:
         self.runners.pop(number, None)
-        gc.collect()
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        tear_down(self.on_gpu)
 
 
 @record
