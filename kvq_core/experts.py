@@ -1,8 +1,8 @@
 """The experts function that transformers' mixture-of-experts layers call: `experts_implementation="kvq"`.
 
 Steps of few tokens are bound by reading each expert's weights once, larger ones by arithmetic: kernels for
-both are in `kvq_kernels.moe`. Experts of another form (biases, transposed weights,
-other activations) go through transformers' own function.
+both are in `kvq_kernels.moe`. Experts of another form (biases, transposed weights, other activations) go
+through transformers' own function.
 Routers that take the softmax of their logits and its largest entries do so in one launch.
 """
 

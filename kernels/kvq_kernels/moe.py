@@ -102,10 +102,9 @@ def _lists_kernel(
 def _gate_up_columns(
     x_ptr, weights, list_ptr, act_ptr, start, count, expert, tile,
     TOP_K: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """act[pair, i] = silu(gate) · up for BM values of i and BN tokens of an expert's list from `start` on."""
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
     columns = start + tl.arange(0, BN)
     real = columns < count
     pair = tl.load(list_ptr + columns, mask=real, other=0)
@@ -118,8 +117,8 @@ def _gate_up_columns(
         )
         w_gate = weights.load([expert * 2 * I + tile * BM, k])
         w_up = weights.load([expert * 2 * I + I + tile * BM, k])
-        gate = tl.dot(w_gate, x, gate, input_precision=precision)
-        up = tl.dot(w_up, x, up, input_precision=precision)
+        gate = tl.dot(w_gate, x, gate)
+        up = tl.dot(w_up, x, up)
     act = gate * tl.sigmoid(gate) * up
     rows = tile * BM + tl.arange(0, BM)
     out = act_ptr + pair.to(tl.int64)[None, :] * I + rows[:, None]
@@ -130,7 +129,7 @@ def _gate_up_columns(
 def _gate_up_kernel(
     x_ptr, weights, lists_ptr, counts_ptr, act_ptr, capacity,
     TOP_K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, IEEE: tl.constexpr,
+    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """BM values of i of one expert, for all its tokens; FEW, SOME and MANY are the stages of tiles that hold
     16, 32 and 64 of them."""
@@ -143,17 +142,17 @@ def _gate_up_kernel(
         if count - start <= 16:
             _gate_up_columns(
                 x_ptr, weights, list_ptr, act_ptr, start, count, expert, tile,
-                TOP_K, H, I, BM, 16, BK, FEW, IEEE,
+                TOP_K, H, I, BM, 16, BK, FEW,
             )  # fmt: skip
         elif count - start <= 32:
             _gate_up_columns(
                 x_ptr, weights, list_ptr, act_ptr, start, count, expert, tile,
-                TOP_K, H, I, BM, 32, BK, SOME, IEEE,
+                TOP_K, H, I, BM, 32, BK, SOME,
             )  # fmt: skip
         else:
             _gate_up_columns(
                 x_ptr, weights, list_ptr, act_ptr, start, count, expert, tile,
-                TOP_K, H, I, BM, 64, BK, MANY, IEEE,
+                TOP_K, H, I, BM, 64, BK, MANY,
             )  # fmt: skip
 
 
@@ -161,10 +160,9 @@ def _gate_up_kernel(
 def _down_columns(
     act_ptr, weights, list_ptr, routing_ptr, out_ptr, start, count, expert, tile,
     H: tl.constexpr, I: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[pair, h] = routing weight · (down · act)[h] for BM values of h and BN tokens from `start` on."""
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
     columns = start + tl.arange(0, BN)
     real = columns < count
     pair = tl.load(list_ptr + columns, mask=real, other=0).to(tl.int64)
@@ -173,7 +171,7 @@ def _down_columns(
         act = tl.load(
             act_ptr + pair[None, :] * I + (k + tl.arange(0, BK))[:, None], mask=real[None, :], other=0.0
         )
-        acc = tl.dot(weights.load([expert * H + tile * BM, k]), act, acc, input_precision=precision)
+        acc = tl.dot(weights.load([expert * H + tile * BM, k]), act, acc)
     acc *= tl.load(routing_ptr + pair, mask=real, other=0.0).to(tl.float32)[None, :]
     rows = tile * BM + tl.arange(0, BM)
     out = out_ptr + pair[None, :] * H + rows[:, None]
@@ -184,7 +182,7 @@ def _down_columns(
 def _down_kernel(
     act_ptr, weights, lists_ptr, counts_ptr, routing_ptr, out_ptr, capacity,
     H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, IEEE: tl.constexpr,
+    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """BM values of h of one expert, for all its tokens; stages as in `_gate_up_kernel`."""
     tiles: tl.constexpr = H // BM
@@ -196,17 +194,17 @@ def _down_kernel(
         if count - start <= 16:
             _down_columns(
                 act_ptr, weights, list_ptr, routing_ptr, out_ptr, start, count, expert, tile,
-                H, I, BM, 16, BK, FEW, IEEE,
+                H, I, BM, 16, BK, FEW,
             )  # fmt: skip
         elif count - start <= 32:
             _down_columns(
                 act_ptr, weights, list_ptr, routing_ptr, out_ptr, start, count, expert, tile,
-                H, I, BM, 32, BK, SOME, IEEE,
+                H, I, BM, 32, BK, SOME,
             )  # fmt: skip
         else:
             _down_columns(
                 act_ptr, weights, list_ptr, routing_ptr, out_ptr, start, count, expert, tile,
-                H, I, BM, 64, BK, MANY, IEEE,
+                H, I, BM, 64, BK, MANY,
             )  # fmt: skip
 
 
@@ -250,7 +248,7 @@ def _tile_of(tile, ends_ptr, E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr
 def _gate_up_tile_kernel(
     x_ptr, weights, pairs_ptr, ends_ptr, act_ptr,
     TOP_K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BM values of i for one tile of an expert's pairs: of BN, the last one as small as its pairs allow."""
     rows: tl.constexpr = I // BM
@@ -261,17 +259,17 @@ def _gate_up_tile_kernel(
     if count - start <= 16:
         _gate_up_columns(
             x_ptr, weights, pairs_ptr + begin, act_ptr, start, count, expert, row,
-            TOP_K, H, I, BM, 16, BK, STAGES, IEEE,
+            TOP_K, H, I, BM, 16, BK, STAGES,
         )  # fmt: skip
     elif count - start <= 64:
         _gate_up_columns(
             x_ptr, weights, pairs_ptr + begin, act_ptr, start, count, expert, row,
-            TOP_K, H, I, BM, 64, BK, STAGES, IEEE,
+            TOP_K, H, I, BM, 64, BK, STAGES,
         )  # fmt: skip
     else:
         _gate_up_columns(
             x_ptr, weights, pairs_ptr + begin, act_ptr, start, count, expert, row,
-            TOP_K, H, I, BM, BN, BK, STAGES, IEEE,
+            TOP_K, H, I, BM, BN, BK, STAGES,
         )  # fmt: skip
 
 
@@ -279,7 +277,7 @@ def _gate_up_tile_kernel(
 def _down_tile_kernel(
     act_ptr, weights, pairs_ptr, ends_ptr, routing_ptr, out_ptr,
     H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BM values of h for one tile of an expert's pairs, as in `_gate_up_tile_kernel`."""
     rows: tl.constexpr = H // BM
@@ -290,17 +288,17 @@ def _down_tile_kernel(
     if count - start <= 16:
         _down_columns(
             act_ptr, weights, pairs_ptr + begin, routing_ptr, out_ptr, start, count, expert, row,
-            H, I, BM, 16, BK, STAGES, IEEE,
+            H, I, BM, 16, BK, STAGES,
         )  # fmt: skip
     elif count - start <= 64:
         _down_columns(
             act_ptr, weights, pairs_ptr + begin, routing_ptr, out_ptr, start, count, expert, row,
-            H, I, BM, 64, BK, STAGES, IEEE,
+            H, I, BM, 64, BK, STAGES,
         )  # fmt: skip
     else:
         _down_columns(
             act_ptr, weights, pairs_ptr + begin, routing_ptr, out_ptr, start, count, expert, row,
-            H, I, BM, BN, BK, STAGES, IEEE,
+            H, I, BM, BN, BK, STAGES,
         )  # fmt: skip
 
 
@@ -362,7 +360,7 @@ def experts(
         top_k_index, top_k_index if valid is None else valid, lists, counts, pairs, tokens,
         TOP_K=top_k, MASKED=valid is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    options = {"BK": 64, "IEEE": hidden.dtype == torch.float32, "num_warps": 4, **STAGES}
+    options = {"BK": 64, "num_warps": 4, **STAGES}
     weights = TensorDescriptor.from_tensor(gate_up.view(-1, width), [UP_ROWS, 64])
     _gate_up_kernel[(num_experts * (intermediate // UP_ROWS),)](
         hidden, weights, lists, counts, act, tokens,
@@ -397,34 +395,35 @@ def sorted_experts(
     act = torch.empty(pairs, intermediate, dtype=hidden.dtype, device=device)
     parts = torch.empty(pairs, width, dtype=hidden.dtype, device=device)
     out = torch.empty_like(hidden)
-    experts = {"E": num_experts, "EP": triton.next_power_of_2(num_experts)}
-    ieee = hidden.dtype == torch.float32
+    common = {"E": num_experts, "EP": triton.next_power_of_2(num_experts)}
 
     def cut(
         tile: Tile, weights: Tensor, rows: int, least: int, matrices: int
     ) -> tuple[tuple[int], TensorDescriptor, dict[str, int]]:
+        """Grid, weights and options of a launch over `matrices` of so many rows, of which `least` divide."""
         height = tile.rows if rows % tile.rows == 0 else least
         tiles = min(pairs, triton.cdiv(pairs, tile.tokens) + num_experts)  # an expert's last may be in part
         stage = (matrices * height + tile.tokens) * tile.depth * hidden.element_size()
+        stages = min(tile.stages, _shared_memory(device) // stage)
         options = {
-            "BM": height, "BN": tile.tokens, "BK": tile.depth,
-            "STAGES": min(tile.stages, _shared_memory(device) // stage), "num_warps": tile.warps,
-        }  # fmt: skip
-        return (
-            (tiles * (rows // height),),
-            TensorDescriptor.from_tensor(weights, [height, tile.depth]),
-            options,
-        )
+            "BM": height,
+            "BN": tile.tokens,
+            "BK": tile.depth,
+            "STAGES": stages,
+            "num_warps": tile.warps,
+        }
+        descriptor = TensorDescriptor.from_tensor(weights, [height, tile.depth])
+        return (tiles * (rows // height),), descriptor, options
 
     grid, weights, options = cut(UP_TILE, gate_up.view(-1, width), intermediate, 64, 2)
     _gate_up_tile_kernel[grid](
         hidden, weights, order, ends, act,
-        TOP_K=top_k, H=width, I=intermediate, IEEE=ieee, **experts, **options,
+        TOP_K=top_k, H=width, I=intermediate, **common, **options,
     )  # fmt: skip
     grid, weights, options = cut(DOWN_TILE, down.view(-1, intermediate), width, 128, 1)
     _down_tile_kernel[grid](
         act, weights, order, ends, top_k_weights, parts,
-        H=width, I=intermediate, IEEE=ieee, **experts, **options,
+        H=width, I=intermediate, **common, **options,
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(width))
     _sum_kernel[(tokens, triton.cdiv(width, block))](

@@ -121,4 +121,5 @@ class StepGraphs:
 
     def _run(self, inputs: StepInputs, sizes: Sizes) -> Tensor:
         # The longest chunk, history and context are not known at capture: bounds that hold for any step.
-        return self._forward(inputs, sizes.tokens, sizes.history << 30, 1 << 30, padded=True)
+        history = 1 << 30 if sizes.history else 0
+        return self._forward(inputs, sizes.tokens, history, 1 << 30, padded=True)

@@ -26,7 +26,7 @@ def test_commands_are_taken(tmp_path: Path) -> None:
     assert [line[:2] for line in lines] == [["kvq", "compare"]] * 5
     models = []
     for _, name, *arguments in lines:
-        context = command.make_context("kvq", [name, *arguments], resilient_parsing=False)
+        context = command.make_context("kvq", [name, *arguments])
         _, subcommand, rest = command.resolve_command(context, [name, *arguments])  # type: ignore[attr-defined]
         assert subcommand is not None
         models.append(subcommand.make_context(name, rest, parent=context).params["model"])
