@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,20 @@ def waited(pid):
         return 0.0
 
 
+def slowness() -> float:
+    """CPU time of 100 bytes through a socket, over that of a core held to the full rate; at least 1."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            for _ in range(20_000):
+                ours.send(bytes(100))
+                theirs.recv(4096)
+            times.append((time.process_time() - start) / 20_000)
+    return max(1.0, min(times) / 0.75e-6)
+
+
 RATE = STREAMS / ((TTFT + (TOKENS - 1) * ITL) / 1e3)
 """Requests per second that keep the streams busy: each takes 100 + 49 * 20 = 1080 ms."""
 
@@ -99,7 +114,8 @@ def test_known_delays_and_the_cost_of_a_token(bench, mock, load):
         target.close()
     print(found)
     assert any(good for good, *_ in found), found
-    assert max(per_second for *_, per_second in found) >= 10_000, found
+    # of CPU time, which a slow or shared host makes longer
+    assert max(per_second for *_, per_second in found) >= 10_000 / slowness(), found
 
 
 def test_8000_tokens_a_second_from_one_process(bench, mock):
