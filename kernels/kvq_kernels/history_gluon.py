@@ -7,7 +7,7 @@ A program has 128 rows (token, query head of the group) of one kv head and walks
   the history is ever unpacked to device memory;
 - two *consumers*, warpgroups of 64 rows each, multiply tiles by `wgmma` and do the softmax. Queries and
   weights stay in registers. Scores of a tile and the weighted values of the tile before are under way at
-  once, and so is the softmax (J. Shah et al., FlashAttention-3, 2024).
+  once (J. Shah et al., FlashAttention-3, 2024).
 
 A producer says `full` of a stage of its ring, the consumers `empty`. The last tile comes first. Only tiles
 that not every row sees whole are masked: the last one, and with windows or unquantized tokens those at
@@ -266,9 +266,9 @@ def _masked(scores, tile, t, bounds, WINDOW: gl.constexpr, RECENT: gl.constexpr,
 
 @gluon.jit
 def _attend(
-    state, tile, first, count, q, grow, units, t, bounds, scale, softcap, keys, values, barriers,
+    state, tile, count, q, grow, units, t, bounds, scale, softcap, keys, values, barriers,
     MASKED: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, RECENT: gl.constexpr,
-    DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """`count` tiles from `tile` down, each with the values of the one before."""
     p, m, l, acc, stage, phase = state
@@ -279,8 +279,7 @@ def _attend(
         wrap = next_stage == STAGES
         next_stage = gl.where(wrap, 0, next_stage)
         next_phase = gl.where(wrap, phase ^ 1, phase)
-        if not OVERLAP:
-            mbarrier.wait(full_k.index(next_stage), next_phase)
+        mbarrier.wait(full_k.index(next_stage), next_phase)
         next_scores = warpgroup_mma(
             q, keys.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True
         )
@@ -301,18 +300,9 @@ def _attend(
         weights = gl.exp2(scores * units[:, None] - (top - LIFT)[:, None])
         l = l * alpha + gl.sum(weights, 1)
         m = m_new
-        if OVERLAP:
-            # ptxas moves the softmax behind the wait for the values, unless this loop stands between
-            wrap = next_stage == STAGES - 1
-            stage_after = gl.where(wrap, 0, next_stage + 1)
-            phase_after = gl.where(wrap, next_phase ^ 1, next_phase)
-            mbarrier.wait(full_k.index(stage_after), phase_after, pred=tile - i > first)
-            acc, rounded = warpgroup_mma_wait(0, deps=[next_acc, weights.to(gl.float16)])
-        else:
-            acc = warpgroup_mma_wait(0, deps=[next_acc])
-            rounded = weights.to(gl.float16)
+        acc = warpgroup_mma_wait(0, deps=[next_acc])
         mbarrier.arrive(empty_v.index(stage), count=1)
-        p = gl.convert_layout(rounded, _left(DV))
+        p = gl.convert_layout(weights.to(gl.float16), _left(DV))
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, _product(DV)))[:, None]
         stage = next_stage
         phase = next_phase
@@ -325,7 +315,7 @@ def _consume(
     KEY_PER: gl.constexpr, VALUE_PER: gl.constexpr,
     WINDOW: gl.constexpr, CAP: gl.constexpr, SINK: gl.constexpr, RECENT: gl.constexpr,
     QUERY_HEADS: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, BT: gl.constexpr,
-    DK: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    DK: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Half of the rows over the tiles of the rings."""
     query, query_stride, query_head_stride, begin, length, block, head, scale, softcap, out, logs = rows
@@ -374,8 +364,6 @@ def _consume(
 
     # the others; those that not every row sees whole are at either end
     state = p, m, l, acc, 0, 0
-    if OVERLAP:
-        mbarrier.wait(full_k.index(1), 0, pred=last - first > 1)
     end = gl.minimum(end, last - 1)
     whole = gl.minimum(whole, end)
     for part in gl.static_range(3):
@@ -383,8 +371,8 @@ def _consume(
             begins = last - 1 if part == 0 else (end if part == 1 else whole)
             ends = end if part == 0 else (whole if part == 1 else first)
             state = _attend(
-                state, begins - 1, first, begins - ends, q, grow, units, t, bounds, scale, softcap,
-                keys, values, barriers, part != 1, WINDOW, CAP, RECENT, DV, N, STAGES, OVERLAP,
+                state, begins - 1, begins - ends, q, grow, units, t, bounds, scale, softcap,
+                keys, values, barriers, part != 1, WINDOW, CAP, RECENT, DV, N, STAGES,
             )  # fmt: skip
     p, m, l, acc, stage, phase = state
     mbarrier.wait(full_v.index(stage), phase)
@@ -483,7 +471,7 @@ def _history_gluon_kernel(
     QUERY_HEADS: gl.constexpr, G: gl.constexpr, GP: gl.constexpr,
     DK: gl.constexpr, DV: gl.constexpr, P: gl.constexpr, N: gl.constexpr, BT: gl.constexpr,
     SPLIT_TILES: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """BT tokens of one chunk and one kv head a program, over one of `splits` parts of the pages.
 
@@ -552,11 +540,11 @@ def _history_gluon_kernel(
             [
                 (_consume, (
                     rows, work, 0, KEY_ROTATED, VALUE_ROTATED, KEY_PER, VALUE_PER, WINDOW, CAP, SINK, RECENT,
-                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES, OVERLAP,
+                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES,
                 )),
                 (_consume, (
                     rows, work, 1, KEY_ROTATED, VALUE_ROTATED, KEY_PER, VALUE_PER, WINDOW, CAP, SINK, RECENT,
-                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES, OVERLAP,
+                    QUERY_HEADS, G, GP, BT, DK, DV, N, STAGES,
                 )),
                 (_produce, (
                     source, key_codes, keys, full_k, empty_k, KEY, DK, 0, META_OFFSET, LOWER,
@@ -587,13 +575,10 @@ class Resources(NamedTuple):
     producer: int
     """Registers of a thread."""
     consumer: int
-    overlap: bool = False
-    """Whether the softmax of a tile is done before the values of the tile before are waited for."""
 
 
-_RESOURCES = {"fp8": Resources(64, 2, 4, 56, 200, overlap=True), "int8": Resources(64, 2, 4, 56, 200)}
-_NARROW = Resources(64, 2, 4, 40, 216)
-"""Of up to four bits."""
+RESOURCES = Resources(64, 2, 4, 56, 200)
+"""Measured on an H200 for every codec, see NOTES.md."""
 _SPLIT_TOKENS = 512
 """Of history, that a program of its own is worth."""
 _MOST_SPLITS = 16
@@ -611,12 +596,6 @@ def serves(layout: PageLayout, heads: int, max_chunk: int) -> bool:
         and layout.key_code_bytes % 16 == layout.value_code_bytes % 16 == 0
         and heads <= ROWS <= heads * max_chunk
     )
-
-
-def resources_of(layout: PageLayout) -> Resources:
-    """Measured on an H200, see NOTES.md."""
-    schemes = (layout.key.scheme, layout.value.scheme)
-    return next((found for scheme, found in _RESOURCES.items() if scheme in schemes), _NARROW)
 
 
 @lru_cache(maxsize=1024)
@@ -647,7 +626,7 @@ def attend_history(
     softcap: float,
     raw: RawWindow | None,
     processors: int,
-    resources: Resources | None = None,
+    resources: Resources = RESOURCES,
 ) -> tuple[Tensor, Tensor]:
     """Queries of chunks over their history, see `reference.paged_prefill`, in parts [S].
 
@@ -655,7 +634,6 @@ def attend_history(
     Returns means of the values [S, T, Hq, Dv] float32, and log2 of their weights' sums [S, T, Hq]: where that
     is -inf there is no mean.
     """
-    resources = resources or resources_of(layout)
     tokens, query_heads, _ = query.shape
     chunks, device = history_lens.shape[0], query.device
     group = query_heads // layout.num_kv_heads
@@ -682,7 +660,6 @@ def attend_history(
         RECENT=0 if raw is None else raw.recent, QUERY_HEADS=query_heads, G=group, GP=padded,
         DK=layout.key_dim, DV=layout.value_dim, P=layout.page_size, N=resources.tokens, BT=block_tokens,
         SPLIT_TILES=_SPLIT_TOKENS // resources.tokens, STAGES=resources.stages, SLOTS=resources.slots,
-        PRODUCER_REGISTERS=resources.producer, CONSUMER_REGISTERS=resources.consumer,
-        OVERLAP=resources.overlap, num_warps=_WARPS,
+        PRODUCER_REGISTERS=resources.producer, CONSUMER_REGISTERS=resources.consumer, num_warps=_WARPS,
     )  # fmt: skip
     return means, logs

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from kvq_kernels import warp_decode
 from kvq_kernels.bits import (
@@ -246,22 +247,28 @@ def _merge_kernel(
     out, partial, partial2, stats, sinks, context_lens, projection, back, out_stride, qjl_factor, scale,
     splits, parts,
     LEAVE: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr, CAP: tl.constexpr,
-    HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr, EARLY: tl.constexpr,
     QUERY_HEADS: tl.constexpr, PP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """One request and query head a program: weigh the parts, rotate back, divide.
 
-    LEAVE: rows of context 0 are somebody else's.
+    LEAVE: rows of context 0 are somebody else's. EARLY: launched while the programs that leave the parts run.
+    All is asked for at once: what parts without tokens left, if anything, is thrown away once it is there.
     """
     row = tl.program_id(0).to(tl.int64)
-    if LEAVE:  # noqa: SIM102
-        if tl.load(context_lens + row // QUERY_HEADS) == 0:
-            return
     part = tl.arange(0, PP)
     d = tl.arange(0, DVP)
+    kept = d < DV
+    if LEAVE:
+        kept = kept & (tl.load(context_lens + row // QUERY_HEADS) > 0)
+    if EARLY:
+        gdc_wait()
     m = tl.load(stats + (row * parts + part) * 2, mask=part < parts, other=float("-inf"))
     l = tl.load(stats + (row * parts + part) * 2 + 1, mask=part < parts, other=0.0)
+    source = (row * parts + part)[:, None] * DV + d[None, :]
+    mask = (part < splits)[:, None] & (d < DV)[None, :]
+    x = tl.load(partial + source, mask=mask, other=0.0)
     top = tl.max(m, 0)
     unit = exponent_unit(scale, CAP)
     if HAS_SINKS:
@@ -272,13 +279,11 @@ def _merge_kernel(
     total = tl.sum(weight * l, 0)
     if HAS_SINKS:
         total += tl.exp2((sink - top) * unit)
-    source = (row * parts + part)[:, None] * DV + d[None, :]
-    mask = (weight > 0)[:, None] & (d < DV)[None, :]
-    x = tl.load(partial + source, mask=mask & (part < splits)[:, None], other=0.0)
-    x = tl.sum(x * weight[:, None], 0)
+    weight = tl.where(part < splits, weight, 0.0)[:, None]
+    x = tl.sum(tl.where(weight > 0, x * weight, 0.0), 0)
     if VALUE == "qjl":
-        x2 = tl.load(partial2 + source, mask=mask & (part < splits)[:, None], other=0.0)
-        x2 = tl.sum(x2 * weight[:, None], 0)
+        x2 = tl.load(partial2 + source, mask=mask, other=0.0)
+        x2 = tl.sum(tl.where(weight > 0, x2 * weight, 0.0), 0)
         s = load_square(projection, DV, DVP)
         x += tl.sum(s * x2[:, None], 0) * qjl_factor
     if ROTATED and DV == DVP:
@@ -292,7 +297,7 @@ def _merge_kernel(
             (raw_m - top) * unit
         )
     x = x / tl.where(total == 0, 1.0, total)
-    tl.store(out + row * out_stride + d, x.to(out.dtype.element_ty), mask=d < DV)
+    tl.store(out + row * out_stride + d, x.to(out.dtype.element_ty), mask=kept)
 
 
 # --- launchers ----------------------------------------------------------------------------------------------
@@ -343,11 +348,14 @@ def rotation(codec: Codec, head_dim: int, device: torch.device) -> Tensor:
     return decode_table("none", torch.float32, device)
 
 
-def _merge_warps(codec: Codec, head_dim: int) -> int:
-    """More where a [D, D] matrix is to be held."""
+def _merge_warps(codec: Codec, head_dim: int, parts: int) -> int:
+    """Of 16 parts each: what a warp holds needs no exchange. More where a [D, D] matrix is to be held."""
     if codec.rotated and head_dim & (head_dim - 1):
         return 8 if head_dim < 128 else 16
-    return 8 if codec.scheme == "qjl" else 2
+    if codec.scheme == "qjl":
+        return 8
+    held = triton.next_power_of_2(parts) * triton.next_power_of_2(head_dim)
+    return max(1, min(8, held // (16 * 128)))
 
 
 def num_splits(requests: int, layout: PageLayout, tiles: int, multiprocessors: int) -> int:
@@ -409,11 +417,12 @@ def paged_decode(
     matrix, matrix2 = key_matrices(layout.key, key_dim, query.dtype, device)
     sink, recent = (0, 0) if raw is None else (raw.sink, raw.recent)
     first_part = 0
+    early = by_warps and raw is None and warp_decode.has_dependent_launches(device)
     if by_warps:
         warp_decode.launch(
             query, pages, block_tables, context_lens, layout, partial, stats, out,
             scale=scale, softcap=softcap, window=window, sinks=sinks, sink=sink, recent=recent, splits=splits,
-            merge=merge, leave=leave,
+            merge=merge, leave=leave, early=early,
         )  # fmt: skip
         if merge:
             return out
@@ -444,9 +453,9 @@ def paged_decode(
         out.stride(1), qjl_scale(value_dim),
         scale, splits, parts,
         LEAVE=leave, VALUE=layout.value.scheme, ROTATED=layout.value.rotated, CAP=softcap > 0,
-        HAS_RAW=raw is not None, HAS_SINKS=sinks is not None, QUERY_HEADS=query_heads,
+        HAS_RAW=raw is not None, HAS_SINKS=sinks is not None, EARLY=early, QUERY_HEADS=query_heads,
         PP=triton.next_power_of_2(parts),
         DV=value_dim, DVP=triton.next_power_of_2(value_dim),
-        num_warps=_merge_warps(layout.value, value_dim),
+        num_warps=_merge_warps(layout.value, value_dim, parts), launch_pdl=early,
     )  # fmt: skip
     return out

@@ -608,7 +608,7 @@ def paged_prefill(
             geometry = _portable_geometry(layout, rows, device)
         specialized = fast and generation(device) == 9
         specialized = specialized and history_gluon.serves(layout, padded, max_chunk)
-        chosen = _geometries[0] or (history_gluon.resources_of(layout) if specialized else geometry)
+        chosen = _geometries[0] or (history_gluon.RESOURCES if specialized else geometry)
         if isinstance(chosen, history_gluon.Resources):
             earlier, logs = history_gluon.attend_history(
                 query, pages, block_tables, cu_chunk_lens, history_lens, layout, matrix, back,

@@ -185,7 +185,7 @@ def has_products(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _has_e4m3(device: torch.device) -> bool:
+def has_e4m3(device: torch.device) -> bool:
     """Whether the GPU converts to e4m3."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -218,7 +218,7 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         DK=layout.key_dim, DKP=triton.next_power_of_2(layout.key_dim),
         DV=layout.value_dim, DVP=triton.next_power_of_2(layout.value_dim), P=layout.page_size,
-        DTYPE=DTYPES[layout.dtype], HAS_E4M3=_has_e4m3(key.device), R=rows, KEY_LANES=lanes[0],
+        DTYPE=DTYPES[layout.dtype], HAS_E4M3=has_e4m3(key.device), R=rows, KEY_LANES=lanes[0],
         VALUE_LANES=lanes[1], PRODUCTS=has_products(key.dtype, key.device), num_warps=warps,
     )  # fmt: skip
 

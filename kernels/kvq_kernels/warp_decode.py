@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvq_kernels import warp_ptx as ptx
 from kvq_kernels.exponent import LOG2E, cap, exponent_unit
 from kvq_kernels.layout import PageLayout
+from kvq_kernels.quantize_store import has_e4m3
 
 _GROUP = 8
 """Query heads of a kv head that the matrix units take at once."""
@@ -145,13 +147,14 @@ def _scores(loaded, query, tables, start0, start1, all0, all1, SCHEME: tl.conste
     WORDS: tl.constexpr = ptx.key_words(SCHEME, D)
     QUERY: tl.constexpr = ptx.query_registers(SCHEME, D)[0]
     pair = loaded[0 : 2 * WORDS]
-    if SCHEME == "bf16" or SCHEME == "fp16" or SCHEME == "fp8":
+    FP8: tl.constexpr = SCHEME == "fp8" or SCHEME == "e4m3"
+    if SCHEME == "bf16" or SCHEME == "fp16" or FP8:
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D), ptx.constraints("f" * 4, "r" * (2 * WORDS + QUERY)),
             pair + query, dtype=ptx.types(4, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
         a0, a1, b0, b1 = r[0], r[1], r[2], r[3]
-        if SCHEME == "fp8":
+        if FP8:
             factor_a, factor_b = _half(loaded[2 * WORDS], 0), _half(loaded[2 * WORDS], 1)
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
     else:
@@ -196,7 +199,8 @@ def _value_unit(scheme: str) -> float:
     """What the sums' operands are counted in, value scales apart."""
     if scheme in ptx.PLAIN:
         return 1.0
-    return {"fp8": 256.0, "lm2": ptx.LM2_UNIT / ptx.HALF_UNIT}.get(scheme, 1.0 / ptx.HALF_UNIT)
+    units = {"fp8": 256.0, "e4m3": 1.0, "lm2": ptx.LM2_UNIT / ptx.HALF_UNIT}
+    return units.get(scheme, 1.0 / ptx.HALF_UNIT)
 
 
 @triton.constexpr_function
@@ -326,8 +330,8 @@ def _warp_decode_kernel(
     query, pages, tables, context_lens, partial, stats, out, sinks, counters,
     query_stride, query_head_stride, out_stride, out_head_stride, page_stride, table_stride,
     scale, softcap, window, splits, parts, group, min_tiles,
-    MERGE: tl.constexpr, LEAVE: tl.constexpr, HAS_SINKS: tl.constexpr, VALUE_ROTATED: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
+    MERGE: tl.constexpr, LEAVE: tl.constexpr, EARLY: tl.constexpr, HAS_SINKS: tl.constexpr,
+    VALUE_ROTATED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
@@ -335,8 +339,10 @@ def _warp_decode_kernel(
 ):  # fmt: skip
     """One part of one request's sequence and one kv head. MERGE: the last of them to come writes the output.
 
-    LEAVE: rows of context 0 are somebody else's.
+    LEAVE: rows of context 0 are somebody else's. EARLY: whoever merges is launched meanwhile, and waits.
     """
+    if EARLY:
+        gdc_launch_dependents()
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
@@ -439,8 +445,8 @@ def _warp_decode_kernel(
                 a0, a1 = tl.where(a_seen, a0, float("-inf")), tl.where(a_seen, a1, float("-inf"))
                 b0, b1 = tl.where(b_seen, b0, float("-inf")), tl.where(b_seen, b1, float("-inf"))
                 # rows that hold no token may hold anything, and 0 · NaN is NaN
-                if V == 4 * W:
-                    loaded = _keep_seen(loaded, start + 4 * t, low, high, W)
+                if V == 4 * W or VALUE == "e4m3":
+                    loaded = _keep_seen(loaded, start + 4 * t, low, high, W) + loaded[4 * W :]
                 kept = tl.where(a_seen, 0xFFFF, 0) | tl.where(b_seen, -65536, 0)
                 if V == 4 * W + 1:
                     loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept,)
@@ -518,6 +524,12 @@ def has_products(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@lru_cache(maxsize=16)
+def has_dependent_launches(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one it waits for has finished."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def fits(query: Tensor, layout: PageLayout) -> bool:
     """Whether this kernel takes the case; all others go to the portable one."""
     return (
@@ -579,6 +591,7 @@ def launch(
     splits: int,
     merge: bool,
     leave: bool,
+    early: bool,
 ) -> None:
     """Parts 0 … splits - 1 of all requests to partial and stats, as `_merge_kernel` reads them.
 
@@ -587,15 +600,17 @@ def launch(
     requests, query_heads, head_dim = query.shape
     heads = layout.num_kv_heads
     key, value = _schemes(layout)
+    if has_e4m3(query.device):
+        key, value = ("e4m3" if scheme == "fp8" else scheme for scheme in (key, value))
     tile, registers = _shape(key, value, head_dim)
     _warp_decode_kernel[(splits, heads, requests)](
         query, pages, block_tables, context_lens, partial, stats, out, stats if sinks is None else sinks,
         _counters(query.device), query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         pages.stride(0), block_tables.stride(0), scale, softcap, window,
         splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
-        MERGE=merge, LEAVE=leave, HAS_SINKS=sinks is not None, VALUE_ROTATED=layout.value.rotated,
-        KEY=key, VALUE=value, ROTATED=layout.key.rotated, VALUE_OFFSET=layout.value_offset,
-        META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
+        MERGE=merge, LEAVE=leave, EARLY=early and not merge, HAS_SINKS=sinks is not None,
+        VALUE_ROTATED=layout.value.rotated, KEY=key, VALUE=value, ROTATED=layout.key.rotated,
+        VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
         HEADS=heads, DTYPE=_SHORT[layout.dtype], D=head_dim, P=layout.page_size, T=tile,
         FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=registers,

@@ -28,8 +28,10 @@ from kvq_kernels.codebook import LEVELS
 NIBBLE_KEYS = ("turbo", "lm4", "int4")
 PLAIN = ("bf16", "fp16")
 """Not quantized: the model's dtype."""
-KEYS = (*NIBBLE_KEYS, "int8", "fp8", *PLAIN)
-VALUES = ("lm2", "int4", "int8", "fp8", *PLAIN)
+FP8 = ("fp8", "e4m3")
+"""The same bytes: as sm_80 unpacks them, and by the conversion of sm_89 and newer."""
+KEYS = (*NIBBLE_KEYS, "int8", *FP8, *PLAIN)
+VALUES = ("lm2", "int4", "int8", *FP8, *PLAIN)
 BIASED = ("int4", "int8")
 
 # --- levels as integers -------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def key_words(scheme: str, dim: int) -> int:
 @triton.constexpr_function
 def value_words(scheme: str, dim: int) -> int:
     """Registers of one token's value that a lane reads: an eighth (for lm2 at 64 dims half a word)."""
-    bits = {"lm2": 2, "int4": 4, "int8": 8, "fp8": 8}.get(scheme, 16)
+    bits = {"lm2": 2, "int4": 4, "int8": 8, "fp8": 8, "e4m3": 8}.get(scheme, 16)
     return max(1, dim * bits // 256)
 
 
@@ -142,7 +144,7 @@ def multiplies(scheme: str) -> bool:
 @triton.constexpr_function
 def query_registers(scheme: str, dim: int) -> tuple[int, int]:
     """Registers of the query that every step needs, and of these the ones that hold the high bytes."""
-    if scheme == "fp8" or scheme in PLAIN:
+    if scheme in FP8 or scheme in PLAIN:
         return dim // 8, dim // 8
     return dim // 8 + (dim // 16 if scheme == "turbo" else 0), dim // 16
 
@@ -314,11 +316,18 @@ class _Code:
                 result.append((self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)))
         return result
 
-    def e4m3_pair(self, word: str, selector: str) -> str:
-        """Two bytes that `selector` puts into the high halves of a zero -> fp16 numbers, value / 256."""
-        x = self.do("prmt.b32", word, "0", selector)
-        shifted = self.do("and.b32", self.do("shr.u32", x, "1"), "0x3f803f80")
-        return self.do("lop3.b32", x, "0x80008000", shifted, "0xea")  # (x & signs) | shifted
+    def e4m3_pairs(self, scheme: str, word: str) -> list[str]:
+        """Four bytes -> two pairs of fp16 numbers: values, or, where bits are only moved, a 256th of them."""
+        if scheme == "e4m3":
+            halves = [self.new("h"), self.new("h")]
+            self.add(f"mov.b32 {{{halves[0]}, {halves[1]}}}, {word}")
+            return [self.do("cvt.rn.f16x2.e4m3x2", half) for half in halves]
+        pairs = []
+        for selector in ("0x1404", "0x3424"):  # two bytes into the high halves of a zero
+            x = self.do("prmt.b32", word, "0", selector)
+            shifted = self.do("and.b32", self.do("shr.u32", x, "1"), "0x3f803f80")
+            pairs.append(self.do("lop3.b32", x, "0x80008000", shifted, "0xea"))  # (x & signs) | shifted
+        return pairs
 
     def value_operands(
         self, scheme: str, dim: int, a: Sequence[str], b: Sequence[str], two: str
@@ -356,8 +365,8 @@ class _Code:
         for x, y in zip(a, b, strict=True):
             for selector in ("0x5140", "0x7362"):
                 zipped = self.do("prmt.b32", x, y, selector)  # a0 b0 a1 b1
-                if scheme == "fp8":
-                    pairs += [self.e4m3_pair(zipped, s) for s in ("0x1404", "0x3424")]
+                if scheme in FP8:
+                    pairs += self.e4m3_pairs(scheme, zipped)
                 else:
                     pairs += [self.do("prmt.b32", zipped, "0", s) for s in ("0x4140", "0x4342")]
         return pairs
@@ -532,7 +541,7 @@ class _Blocks:
         spoiled = code.do("mul.f32", largest, code.float(0.0), kind="f")
         largest = code.do("max.f32", largest, code.float(SMALLEST_QUERY), kind="f")
         norm = dim**-0.5 if rotated else 1.0
-        if scheme == "fp8":
+        if scheme in FP8:
             unit = code.do("and.b32", largest, "0x7f800000", kind="f")  # a power of two: fp16 stays exact
             inverse = code.do("rcp.approx.f32", unit, kind="f")
             scaled = [code.do("mul.f32", value, inverse, kind="f") for value in x]
@@ -599,11 +608,11 @@ class _Blocks:
         a, b = code.operands(count, words), code.operands(count + words, words)
         query = code.operands(count + 2 * words, registers)
         held = code.operands(count + 2 * words + registers, tables_held(scheme))
-        if scheme == "fp8" or scheme in PLAIN:
+        if scheme in FP8 or scheme in PLAIN:
             sums = [code.do("mov.f32", code.float(0.0), kind="f") for _ in range(4)]
             for i in range(registers // 2):
-                if scheme == "fp8":
-                    rows = [[code.e4m3_pair(w[i], s) for s in ("0x1404", "0x3424")] for w in (a, b)]
+                if scheme in FP8:
+                    rows = [code.e4m3_pairs(scheme, w[i]) for w in (a, b)]
                 else:
                     rows = [w[2 * i : 2 * i + 2] for w in (a, b)]
                 operand = [rows[0][0], rows[1][0], rows[0][1], rows[1][1]]
@@ -756,23 +765,35 @@ class _Blocks:
 
     @staticmethod
     def store_output(dim: int, apart: bool, rotated: bool, dtype: str) -> str:
-        """The same as `store_sums` in `dtype`, after √D · H where `rotated`; the first input is the lane."""
+        """The same as `store_sums` in `dtype`, after √D · H where `rotated`; the first input is the lane.
+
+        Without a branch between two heads the one's exchanges hide behind the other's.
+        """
         code = _Code()
-        lane, pointers, exist = "$1", code.operands(2, 2), code.operands(4, 2)
-        for head, values in enumerate(by_head(code.operands(6, dim // 4))):
-            predicate, any_lane = code.guard(exist[head]), code.new("p")
-            code.add(f"vote.sync.any.pred {any_lane}, {predicate}, 0xffffffff")
-            code.add(f"@!{any_lane} bra.uni STORED{head}")
-            if rotated:
-                values = code.butterflies(values, lane, (4, 8, 16))
-            pairs = [
-                code.do(f"cvt.rn.{'bf' if dtype == 'bf16' else 'f'}16x2.f32", values[i + 1], values[i])
-                for i in range(0, len(values), 2)
-            ]
-            for i in range(0, len(pairs), 4):
-                group, at = ", ".join(pairs[i : i + 4]), 2 * place(2 * i, dim, apart)
-                code.add(f"@{predicate} st.global.v4.b32 [{pointers[head]}+{at}], {{{group}}}")
-            code.lines.append(f"STORED{head}:")
+        lane, pointers = "$1", code.operands(2, 2)
+        exist = [code.guard(x) for x in code.operands(4, 2)]
+
+        def store(heads: Iterable[int]) -> None:
+            for head in heads:
+                values = by_head(code.operands(6, dim // 4))[head]
+                if rotated:
+                    values = code.butterflies(values, lane, (4, 8, 16))
+                pairs = [
+                    code.do(f"cvt.rn.{'bf' if dtype == 'bf16' else 'f'}16x2.f32", values[i + 1], values[i])
+                    for i in range(0, len(values), 2)
+                ]
+                for i in range(0, len(pairs), 4):
+                    group, at = ", ".join(pairs[i : i + 4]), 2 * place(2 * i, dim, apart)
+                    code.add(f"@{exist[head]} st.global.v4.b32 [{pointers[head]}+{at}], {{{group}}}")
+
+        two = code.new("p")
+        code.add(f"vote.sync.any.pred {two}, {exist[1]}, 0xffffffff")
+        code.add(f"@!{two} bra.uni ONE")
+        store((0, 1))
+        code.add("bra.uni STORED")
+        code.lines.append("ONE:")
+        store((0,))
+        code.lines.append("STORED:")
         code.add("mov.b32 $0, 0")
         return code.text()
 

@@ -106,6 +106,14 @@ class Step:
             self.chunks[i].request for i in self.sampled_chunks
         ]
 
+    def sort_decodes(self) -> None:
+        """Longest context first: kernels start in this order, and a long one that starts last is waited for."""
+        order = sorted(range(len(self.decodes)), key=self.context_lens.__getitem__, reverse=True)
+        sampled = set(self.sampled_decodes)
+        self.decodes = [self.decodes[i] for i in order]
+        self.context_lens = [self.context_lens[i] for i in order]
+        self.sampled_decodes = [place for place, i in enumerate(order) if i in sampled]
+
     def holds(self, request: Request) -> bool:
         return request in self.decodes or any(c.request is request for c in self.chunks)
 
@@ -168,6 +176,7 @@ class Scheduler:
             budget = self._swap_in(step, budget)
             if not self.swapped:
                 self._admit(step, budget)
+        step.sort_decodes()
         return step
 
     def finish(self, request: Request) -> None:

@@ -50,6 +50,7 @@ class SimulatedDevice:
                 p[ids] = data
         self.inputs.update(step.forced)
         work = [(r, n - 1, n) for r, n in zip(step.decodes, step.context_lens, strict=True)]
+        assert step.context_lens == sorted(step.context_lens, reverse=True)
         for request, position, _ in work:
             assert self.inputs[request.row] == request_token(request, position)
         work += [(c.request, c.start, c.end) for c in step.chunks]

@@ -23,7 +23,7 @@ _TYPES = {
     torch.uint8: "*u8", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64", torch.int16: "*i16",
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
 }  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 @dataclass

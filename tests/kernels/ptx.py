@@ -85,7 +85,7 @@ def run_warp(assembly: str, outputs: int, *inputs: np.ndarray) -> list[np.ndarra
 
     for line in assembly.strip("{}\n").split(";"):
         line = line.split(":")[-1].strip()
-        if " bra" in line:  # what is skipped stores nothing
+        if "bra.uni" in line:  # what is skipped stores nothing, or the same again
             continue
         active = np.full(32, True)
         if line.startswith("@"):

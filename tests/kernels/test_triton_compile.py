@@ -53,6 +53,9 @@ def fits(dtype: torch.dtype, device: torch.device, *, capability: int) -> bool:
 def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (quantize_store, paged_decode, paged_prefill):
         monkeypatch.setattr(module, "has_products", partial(fits, capability=capability))
+    for module in (quantize_store, warp_decode):
+        monkeypatch.setattr(module, "has_e4m3", lambda device: capability >= 89)
+    monkeypatch.setattr(warp_decode, "has_dependent_launches", lambda device: capability >= 90)
     monkeypatch.setattr(paged_prefill, "generation", lambda device: capability // 10)
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
     if name.startswith("float32"):

@@ -131,6 +131,14 @@ def test_padded_head_dims(codecs: str, head_dim: int) -> None:
     run(case_of(codecs, head_dim, 4, "all", WIDE, contexts=(130, 0, 5), chunks=(20, 70, 1)))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("codecs", ["fp8:fp8", "int8:fp8", "fp8:lm2"])
+def test_fp8_without_the_conversion(codecs: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs before sm_89 unpack it."""
+    monkeypatch.setattr(warp_decode, "has_e4m3", lambda device: False)
+    run(case_of(codecs, head_dim, 8, "all", WIDE, contexts=CONTEXTS))
+
+
 @pytest.mark.parametrize("codecs", ["none:none", "turbo:lm2"])
 @pytest.mark.parametrize("splits", [1, 2, 7, 64])
 def test_split_counts(codecs: str, splits: int) -> None:
