@@ -107,7 +107,7 @@ class Step:
         ]
 
     def sort_decodes(self) -> None:
-        """Longest context first: kernels start in this order, and a long one that starts last is waited for."""
+        """Longest context first: kernels begin in this order, and wait for a long one that begins last."""
         order = sorted(range(len(self.decodes)), key=self.context_lens.__getitem__, reverse=True)
         sampled = set(self.sampled_decodes)
         self.decodes = [self.decodes[i] for i in order]
