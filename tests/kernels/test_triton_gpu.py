@@ -1,4 +1,6 @@
-"""The full product of cases on a GPU, bf16 included; graphs; sizes that only a GPU is fast enough for."""
+"""Kernels on a GPU, bf16 included: every pair of what cases are made of, graphs, and sizes that only a GPU is
+fast enough for. Cases that differ in more than their group are compiled anew: all products would take hours.
+"""
 
 import itertools
 
@@ -11,6 +13,7 @@ from kvq_core.policies import CODEC_NAMES
 from kvq_kernels import dispatch, hadamard, paged_decode, reference, warp_decode
 from kvq_kernels.layout import PageLayout, RawWindow
 from tests.kernels.naive import Case, build, check, decode, prefill
+from tests.kernels.pairwise import pairwise
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -28,6 +31,10 @@ FEATURES = {
     "all": {"window": 200, "softcap": 3.0, "sinks": True, "sink": 4, "recent": 20},
 }
 WIDE = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def name(axes: dict) -> str:
+    return "-".join(map(str, axes.values()))
 
 
 def poison(device: str = "cuda") -> None:
@@ -55,21 +62,17 @@ def run(case: Case, splits: int | None = None) -> None:
         check(decode(problem, paged_decode.paged_decode, splits=splits), problem)
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("group", range(1, 9))
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("codecs", CODECS)
-def test_decode(codecs: str, head_dim: int, group: int, feature: str) -> None:
-    run(case_of(codecs, head_dim, group, feature, WIDE, contexts=CONTEXTS))
+AXES = {"codecs": CODECS, "head_dim": (64, 128, 256), "feature": tuple(FEATURES)}
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("codecs", CODECS)
-def test_prefill(codecs: str, head_dim: int, group: int, feature: str) -> None:
-    chunks = (1, 30, 64, 100, 17, 40, 3)
-    run(case_of(codecs, head_dim, group, feature, WIDE, contexts=CONTEXTS, chunks=chunks))
+@pytest.mark.parametrize("axes", pairwise(AXES | {"group": range(1, 9)}), ids=name)
+def test_decode(axes: dict) -> None:
+    run(case_of(**axes, dtype=WIDE, contexts=CONTEXTS))
+
+
+@pytest.mark.parametrize("axes", pairwise(AXES | {"group": (1, 3, 8)}, seed=1), ids=name)
+def test_prefill(axes: dict) -> None:
+    run(case_of(**axes, dtype=WIDE, contexts=CONTEXTS, chunks=(1, 30, 64, 100, 17, 40, 3)))
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -116,12 +119,13 @@ def test_prefill_in_a_graph_follows_the_chunks(feature: str) -> None:
     assert (out[:3] == 7).all() and (out[68:] == 7).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("codecs", CODECS)
-def test_other_dtypes(codecs: str, head_dim: int, dtype: torch.dtype) -> None:
-    run(case_of(codecs, head_dim, 4, "all", dtype, contexts=CONTEXTS))
-    run(case_of(codecs, head_dim, 4, "plain", dtype, contexts=(130, 0, 5), chunks=(20, 70, 1)))
+OTHER = {"codecs": CODECS, "head_dim": (64, 128, 256), "dtype": (torch.float16, torch.float32)}
+
+
+@pytest.mark.parametrize("axes", pairwise(OTHER), ids=name)
+def test_other_dtypes(axes: dict) -> None:
+    run(case_of(**axes, group=4, feature="all", contexts=CONTEXTS))
+    run(case_of(**axes, group=4, feature="plain", contexts=(130, 0, 5), chunks=(20, 70, 1)))
 
 
 @pytest.mark.parametrize("head_dim", [80, 96, 192])
@@ -219,13 +223,16 @@ def test_many_programs_merge(requests: int, monkeypatch: pytest.MonkeyPatch) -> 
             assert (out == out[:1]).all() and out.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("name", CODEC_NAMES)
-@pytest.mark.parametrize("tokens", [7, 600])
-def test_store(name: str, head_dim: int, dtype: torch.dtype, tokens: int) -> None:
+STORES = {
+    "codec": CODEC_NAMES, "head_dim": (64, 96, 128, 256), "tokens": (7, 600),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", pairwise(STORES), ids=name)
+def test_store(axes: dict) -> None:
     """The twin's bytes on the CPU; codes at a threshold may fall to the neighbour."""
-    codec = get_codec(name)
+    codec, head_dim, tokens, dtype = (get_codec(axes["codec"]), *list(axes.values())[1:])
     layout = PageLayout(codec, codec, 64, 2, head_dim, head_dim, dtype)
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(tokens, 4 * head_dim, generator=generator).to(dtype)
@@ -241,12 +248,12 @@ def test_store(name: str, head_dim: int, dtype: torch.dtype, tokens: int) -> Non
     assert different <= (0 if not codec.rotated else tokens * layout.bytes_per_token_head // 100), different
 
 
-@pytest.mark.parametrize("name", CODEC_NAMES)
-def test_codes_do_not_depend_on_the_launch(name: str) -> None:
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("codec", CODEC_NAMES)
+def test_codes_do_not_depend_on_the_launch(codec: str, head_dim: int) -> None:
     """A token's bytes are the same whether it is written among few or among many."""
-    codec = get_codec(name)
-    layout = PageLayout(codec, codec, 64, 2, 128, 128, WIDE)
-    x = torch.randn(600, 2, 128, device="cuda", dtype=WIDE)
+    layout = PageLayout(get_codec(codec), get_codec(codec), 64, 2, head_dim, head_dim, WIDE)
+    x = torch.randn(600, 2, head_dim, device="cuda", dtype=WIDE)
     slots = torch.randperm(64 * 20, device="cuda")[:600] + 64
     together, apart = (layout.empty_pages(21, "cuda") for _ in range(2))
     dispatch.store(x, -x, together, slots, layout)
