@@ -99,20 +99,23 @@ def walsh_by_products(x, zero, R: tl.constexpr, D: tl.constexpr, LANES: tl.const
 
     A product with 16 × 16 signs takes the dims of quarters and dims 2 and 0, in any number of lanes: what is
     loaded are its operands as they lie in registers (m16n8k16), and sums lie in the lanes of their elements.
+    Of joined loads the compiler gives a thread four columns in a row, of one load columns as it has rows.
     """
     OUTER: tl.constexpr = LANES // 4
     INNER: tl.constexpr = D // (LANES * 8)
     NEAR: tl.constexpr = min(R, 8 // OUTER)  # rows among the lanes of a warp
     FAR: tl.constexpr = R // NEAR
-    k = tl.arange(0, 16)
-    n = (k >> 1 & 3) << 2 | k >> 3 << 1 | k & 1  # a thread has columns 2t, 2t + 1, 2t + 8 and 2t + 9
+    i = tl.arange(0, 16)
+    n = (i >> 1 & 3) << 2 | i >> 3 << 1 | i & 1  # a thread has columns 2t, 2t + 1, 2t + 8 and 2t + 9
+    k = n if INNER == 1 else i
     odd = 0x6996 >> (k[:, None] & n[None, :])  # its last bit: whether the number of common bits is odd
     ONE: tl.constexpr = 0x3F80 if x.dtype == tl.bfloat16 else 0x3C00
     signs = (odd << 15 & 0x8000 | ONE).to(tl.uint16).to(x.dtype, bitcast=True)
     m = tl.arange(0, INNER * R * 2 * OUTER)
     first = (m < R * 2 * OUTER) & (m // (NEAR * OUTER) % 2 == 0) & (m % OUTER == 0)  # of those summed below
     start = tl.where(first, zero, 0.0)
-    x = tl.permute(tl.reshape(x, (FAR, NEAR, 4, OUTER, INNER, 2, 2, 2)), (4, 0, 6, 1, 3, 2, 5, 7))
+    x = tl.reshape(x, (FAR, NEAR, 4, OUTER, INNER, 2, 2, 2))
+    x = tl.permute(x, (4, 0, 6, 1, 3, 5, 2, 7) if INNER == 1 else (4, 0, 6, 1, 3, 2, 5, 7))
     x = tl.reshape(x, (INNER * R * 2 * OUTER, 16))
     x = tl.dot(x, signs, tl.broadcast_to(start[:, None], x.shape))
     x = tl.reshape(x, (INNER, FAR, 2, NEAR, OUTER, 2, 4, 2))

@@ -73,9 +73,9 @@ def _chunk(rows, mask, d, OUTER: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
 
 @triton.jit
 def _total(x):
-    """Sums over rows of x [R, DP], the same to the last bit in any number of lanes up to 8."""
-    parts = tl.sum(tl.reshape(x, (x.shape[0], 2, 2, 2, x.shape[1] // 8)), 4)
-    return tl.sum(tl.sum(tl.sum(parts, 3), 2), 1)
+    """Sums over rows of x [R, DP], the same to the last bit in any number of lanes up to 16."""
+    parts = tl.sum(tl.reshape(x, (x.shape[0], 2, 2, 2, 2, x.shape[1] // 16)), 5)
+    return tl.sum(tl.sum(tl.sum(tl.sum(parts, 4), 3), 2), 1)
 
 
 @triton.jit
@@ -203,29 +203,31 @@ def _above(x, edge):
 
 
 @triton.jit
-def _nearest(size, FIRST: tl.constexpr, SCALE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
-    """size ≥ 0 -> FIRST + index of the magnitude nearest to size · SCALE, and that magnitude, 0 beyond D.
+def _nearest(size, FIRST: tl.constexpr, inverse, BITS: tl.constexpr, D: tl.constexpr):
+    """size ≥ 0 -> FIRST + index of the magnitude nearest to size / inverse, and that magnitude, 0 beyond D.
 
     A binary search; what is compared with next is picked by multiplying with 0 or 1.
     """
     if BITS == 2:
         A: tl.constexpr = _MAGNITUDES_2
-        low = _above(size, _EDGES_2[0] / SCALE)
+        low = _above(size, _EDGES_2[0] * inverse)
         index = low + FIRST
         level = _pick2(low, A[0], A[1])
     elif BITS == 3:
         B: tl.constexpr = _MAGNITUDES_3
         E: tl.constexpr = _EDGES_3
-        high = _above(size, E[1] / SCALE)
-        low = _above(size, _pick2(high, E[0] / SCALE, E[2] / SCALE))
+        high = _above(size, E[1] * inverse)
+        low = _above(size, tl.fma(high, (E[2] - E[0]) * inverse, E[0] * inverse))
         index = (high * 2 + FIRST) + low
         level = _pick4(high, low, B[0], B[1], B[2], B[3])
     else:
         C: tl.constexpr = _MAGNITUDES_4
         F: tl.constexpr = _EDGES_4
-        top = _above(size, F[3] / SCALE)
-        high = _above(size, _pick2(top, F[1] / SCALE, F[5] / SCALE))
-        low = _above(size, _pick4(top, high, F[0] / SCALE, F[2] / SCALE, F[4] / SCALE, F[6] / SCALE))
+        top = _above(size, F[3] * inverse)
+        high = _above(size, tl.fma(top, (F[5] - F[1]) * inverse, F[1] * inverse))
+        first = tl.fma(top, (F[4] - F[0]) * inverse, F[0] * inverse)
+        step = tl.fma(top, (F[6] - F[4] - F[2] + F[0]) * inverse, (F[2] - F[0]) * inverse)
+        low = _above(size, tl.fma(high, step, first))
         index = (high * 2 + (top * 4 + FIRST)) + low
         step = _pick4(top, high, C[1] - C[0], C[3] - C[2], C[5] - C[4], C[7] - C[6])
         level = low * step + _pick4(top, high, C[0], C[2], C[4], C[6])
@@ -233,31 +235,44 @@ def _nearest(size, FIRST: tl.constexpr, SCALE: tl.constexpr, BITS: tl.constexpr,
 
 
 @triton.jit
+def _candidate(k, CANDIDATES: tl.constexpr):
+    """CANDIDATES[k] and its inverse, to the same bit whether or not the compiler knows k."""
+    candidate, inverse = CANDIDATES[0], 1.0 / CANDIDATES[0]
+    for j in tl.static_range(1, len(CANDIDATES)):
+        candidate = tl.where(k == j, CANDIDATES[j], candidate)
+        inverse = tl.where(k == j, 1.0 / CANDIDATES[j], inverse)
+    return candidate, inverse
+
+
+@triton.jit
 def _try(
-    size, SCALE: tl.constexpr, SCHEME: tl.constexpr, BITS: tl.constexpr, RESIDUAL: tl.constexpr,
+    size, candidate, inverse, SCHEME: tl.constexpr, BITS: tl.constexpr, RESIDUAL: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    """Of codes of size · SCALE: their product with size, their square, and turbo's residual scale, [R]."""
+    """Of codes of size · candidate: their product with size, their square, and turbo's residual scale, [R].
+
+    The candidate's inverse comes with it. What could be rounded in two ways is not left to the compiler.
+    """
     if BITS == 2:  # both follow from the larger magnitudes' number and sum
         A: tl.constexpr = _MAGNITUDES_2
-        large = _above(size, _EDGES_2[0] / SCALE)
-        dot = A[0] * _total(size) + (A[1] - A[0]) * _total(large * size)
-        square = A[0] * A[0] * D + (A[1] * A[1] - A[0] * A[0]) * _total(large)
+        large = _above(size, _EDGES_2[0] * inverse)
+        dot = tl.fma(_total(large * size), A[1] - A[0], A[0] * _total(size))
+        square = A[0] * A[0] * D + (A[1] * A[1] - A[0] * A[0]) * tl.sum(large, 1)
     else:
-        _, level = _nearest(size, 0.0, SCALE, BITS, D)
+        _, level = _nearest(size, 0.0, inverse, BITS, D)
         dot = _total(size * level)
         square = _total(level * level)
     scale = dot * 0.0
     if SCHEME == "turbo":
-        rest = size * SCALE - level
+        rest = size * candidate - level
         length = _total(tl.abs(rest))
         if RESIDUAL == "abs":
             scale = (length * (1.0 / D)).to(tl.float16).to(tl.float32)
         else:
             scale = tl.sqrt(_total(rest * rest) * (1.0 / D)).to(tl.float16).to(tl.float32)
-        # codes are level + scale · sign of rest, and Σ level · sign = SCALE · Σ size · sign - Σ |rest|
+        # codes are level + scale · sign of rest, and Σ level · sign = candidate · Σ size · sign - Σ |rest|
         signed = _total(_flip(size, rest))
-        square += scale * (2 * (SCALE * signed - length) + scale * D)
+        square += scale * (2 * (candidate * signed - length) + scale * D)
         dot += scale * signed
     return dot, square, scale
 
@@ -282,15 +297,21 @@ def _store_rotated(
         unit, length = tl.where(norm == 0, 0.0, _over(1.0, peak)), peak * inverse
     size = size * unit[:, None]
 
-    chosen = tl.full(norm.shape, CANDIDATES[0], tl.float32)
-    dot, square, scale = _try(size, CANDIDATES[0], SCHEME, BITS, RESIDUAL, D)
-    for k in tl.static_range(1, len(CANDIDATES)):
-        dot2, square2, scale2 = _try(size, CANDIDATES[k], SCHEME, BITS, RESIDUAL, D)
-        better = dot2 * dot2 * square > dot * dot * square2
-        chosen = tl.where(better, CANDIDATES[k], chosen)
-        scale, dot = tl.where(better, scale2, scale), tl.where(better, dot2, dot)
-        square = tl.where(better, square2, square)
-    size = size * CANDIDATES[0] if len(CANDIDATES) == 1 else size * chosen[:, None]
+    if len(CANDIDATES) == 1:
+        dot, square, scale = _try(size, CANDIDATES[0], 1.0 / CANDIDATES[0], SCHEME, BITS, RESIDUAL, D)
+        size = size * CANDIDATES[0]
+    else:  # unrolled, trials of more than 2 bits keep too much of long parts of vectors in registers at once
+        UNROLLED: tl.constexpr = len(CANDIDATES) if BITS == 2 or x.shape[0] * x.shape[1] <= 512 else 1
+        dot, square, scale = norm * 0.0, norm * 0.0 + 1.0, norm * 0.0
+        chosen = scale + CANDIDATES[0]
+        for k in tl.range(len(CANDIDATES), loop_unroll_factor=UNROLLED):
+            candidate, over = _candidate(k, CANDIDATES)
+            dot2, square2, scale2 = _try(size, candidate, over, SCHEME, BITS, RESIDUAL, D)
+            better = dot2 * dot2 * square > dot * dot * square2
+            chosen = tl.where(better, candidate, chosen)
+            scale, dot = tl.where(better, scale2, scale), tl.where(better, dot2, dot)
+            square = tl.where(better, square2, square)
+        size = size * chosen[:, None]
     FIRST: tl.constexpr = (
         -3.5 if SCHEME == "turbo" else (-1.5 if SCHEME == "lm3" else (0.0 if SCHEME == "lm2" else 0.5))
     )

@@ -15,9 +15,9 @@ from kvq_kernels.layout import Codec, PageLayout, RawWindow
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _LANES = 4
 """Lanes that share a vector, where it is long enough: fewer have less to exchange, and more to do in turn."""
-_FEW = 256
-"""Tokens up to which a store is bound by latency: vectors in more lanes, their bytes the same."""
-_FEW_LANES = 8
+_FEW_LANES = {512: 16, 1024: 8}
+"""Up to so many keys a store is bound by latency: they lie in more lanes and become the same bytes. With the
+values, 512 in 16 lanes are a warp for every quarter of 128 multiprocessors, as are 1,024 in 8 lanes."""
 _ZERO = tl.constexpr(-1e-30)
 
 
@@ -159,19 +159,21 @@ def _unused(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.float16, device=device)
 
 
-def _lanes(head_dim: int, dtype: torch.dtype, tokens: int) -> int:
+def _lanes(head_dim: int, dtype: torch.dtype, keys: int) -> int:
     """Lanes that share a vector: 1 to 4 chunks of 16 bytes in each."""
     chunks = triton.next_power_of_2(head_dim) * dtype.itemsize // 16
-    return max(min(_FEW_LANES if tokens <= _FEW else _LANES, chunks), chunks // 4, 1)
+    lanes = next((lanes for most, lanes in _FEW_LANES.items() if keys <= most), _LANES)
+    return max(min(lanes, chunks), chunks // 4, 1)
 
 
-def _tile(layout: PageLayout, tokens: int, lanes: int) -> tuple[int, int]:
+def _tile(layout: PageLayout, keys: int, lanes: int) -> tuple[int, int]:
     """Rows and warps of a program."""
     k, v = layout.key, layout.value
+    few = keys <= max(_FEW_LANES, default=0)
     if k.scheme == v.scheme == "none":
-        return (2, 1) if tokens <= _FEW else (16, 4)
+        return (2, 1) if few else (16, 4)
     if "qjl" in (k.scheme, v.scheme):
-        return (16, 4) if tokens <= _FEW else (64, 4)  # of a product with a large matrix
+        return (16, 4) if few else (64, 4)  # of a product with a large matrix
     if _by_matrix(k, layout.key_dim) or _by_matrix(v, layout.value_dim):
         return 16, 4
     return 32 // lanes, 1
@@ -201,8 +203,9 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         return
     key, value = unit_stride(key), unit_stride(value)
     k, v = layout.key, layout.value
-    lanes = _lanes(layout.key_dim, key.dtype, tokens), _lanes(layout.value_dim, value.dtype, tokens)
-    rows, warps = _tile(layout, tokens, max(lanes))
+    keys = tokens * heads
+    lanes = _lanes(layout.key_dim, key.dtype, keys), _lanes(layout.value_dim, value.dtype, keys)
+    rows, warps = _tile(layout, keys, max(lanes))
     _store_kernel[(triton.cdiv(tokens, rows), heads, 2)](
         key, value, pages, slots, tokens,
         _projection(k.scheme, layout.key_dim, key.device),
