@@ -286,7 +286,9 @@ def _store_rotated(
 ):  # fmt: skip
     """Lloyd-Max codes of x [R, DP]: √D times the rotated vectors, zero beyond D, no zero before."""
     BITS: tl.constexpr = 2 if SCHEME == "lm2" else (4 if SCHEME == "lm4" else 3)
-    size = tl.minimum(tl.abs(x), _LARGEST * D**0.5, propagate_nan=tl.PropagateNan.ALL)
+    size = tl.abs(x)
+    if NORM != "plain" or len(CANDIDATES) > 1:  # infinities would meet in quotients
+        size = tl.minimum(size, _LARGEST * D**0.5, propagate_nan=tl.PropagateNan.ALL)
     power = _total(size * size)
     norm = _to_half(tl.sqrt(power) * (1.0 / D)).to(tl.float32)
     inverse = _over(1.0, norm * D**0.5)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh, walsh_by_products
+from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh, walsh_by_products, walsh_operand
 from kvq_kernels.codebook import qjl_projection
 from kvq_kernels.encode import load_rows, store_rows
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
@@ -45,7 +45,7 @@ def _load(
     else:
         x = load_rows(base, stride, first, tokens, D, DP, R, LANES)
         if ROTATED and PRODUCTS and LANES >= 4:
-            x = walsh_by_products(x, _ZERO, R, D, LANES)
+            x = walsh_by_products(x, matrix, _ZERO, R, D, LANES)
         elif ROTATED:
             x = walsh(x.to(tl.float32), R, D) + _ZERO
     return x, slot
@@ -140,10 +140,10 @@ def _by_matrix(codec: Codec, head_dim: int) -> bool:
 
 
 def _rotation(codec: Codec, head_dim: int, x: Tensor) -> Tensor:
-    """√D · H in the dtype of `x`, where it is needed."""
+    """√D · H in the dtype of `x`, or the part of it that is a product."""
     if _by_matrix(codec, head_dim):
         return signs_of_hadamard(head_dim, x.dtype, x.device)
-    return _unused(x.device)
+    return walsh_operand(x.dtype, x.device) if codec.rotated else _unused(x.device)
 
 
 @lru_cache(maxsize=32)
