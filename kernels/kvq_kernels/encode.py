@@ -8,8 +8,10 @@ sides of zero: magnitudes are coded, signs set last. Divisions by a row's number
 the rotated codecs approximate to the last place or two.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kvq_kernels.bits import load_square
 from kvq_kernels.codebook import LARGEST, LEVELS, thresholds
@@ -32,7 +34,7 @@ def load_rows(
 
     A row lies in LANES lanes of a warp, quarters of it in lanes 0 to 3 and others that differ by multiples of
     4, which suits products of matrices. Chunks of 16 bytes a lane are loaded as tiles that leave Triton no
-    other layout, whichever of the outer dims it gives lanes to first: rows stand on both sides of the lanes.
+    other layout, or, of more rows than a warp has lanes for, whose first dims it gives lanes to first.
     """
     INNER: tl.constexpr = 32 // LANES if LANES * R >= 32 else R
     CHUNK: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
@@ -40,16 +42,16 @@ def load_rows(
     OUTER: tl.constexpr = max(LANES // 4, 1)
     lane = tl.arange(0, LANES)
     d = (lane % 4 * OUTER + lane // 4) * (COUNT * CHUNK)
-    d = d[None, :, None, None] + tl.arange(0, CHUNK)[None, None, None, :]
-    row = first + (tl.arange(0, R // INNER) * INNER)[:, None] + tl.arange(0, INNER)[None, :]
-    row = row[:, None, :, None]
+    d = d[:, None, None, None] + tl.arange(0, CHUNK)[None, None, None, :]
+    row = first + tl.arange(0, INNER)[:, None] + (tl.arange(0, R // INNER) * INNER)[None, :]
+    row = row[None, :, :, None]
     rows = base + row.to(tl.int64) * stride
     x = _chunk(rows, row < tokens, d, OUTER, D, DP)
     if COUNT == 1:
-        x = tl.permute(x, (0, 3, 2, 1, 4))
+        x = tl.permute(x, (3, 2, 1, 0, 4))
     elif COUNT == 2:
         x = tl.join(x, _chunk(rows, row < tokens, d + CHUNK, OUTER, D, DP))
-        x = tl.permute(x, (0, 3, 2, 1, 5, 4))
+        x = tl.permute(x, (3, 2, 1, 0, 5, 4))
     else:
         tl.static_assert(COUNT == 4)
         x = tl.join(x, _chunk(rows, row < tokens, d + 2 * CHUNK, OUTER, D, DP))
@@ -57,15 +59,15 @@ def load_rows(
             _chunk(rows, row < tokens, d + CHUNK, OUTER, D, DP),
             _chunk(rows, row < tokens, d + 3 * CHUNK, OUTER, D, DP),
         )
-        x = tl.permute(tl.join(x, y), (0, 3, 2, 1, 5, 6, 4))
+        x = tl.permute(tl.join(x, y), (3, 2, 1, 0, 5, 6, 4))
     return tl.reshape(x, (R, DP))
 
 
 @triton.jit
 def _chunk(rows, mask, d, OUTER: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """[·, LANES, ·, CHUNK], lanes as [OUTER, up to 4]."""
+    """[LANES, ·, ·, CHUNK], lanes as [OUTER, up to 4]."""
     x = tl.load(rows + d, mask=mask if D == DP else mask & (d < D), other=0.0)
-    return tl.reshape(x, (x.shape[0], OUTER, x.shape[1] // OUTER, x.shape[2], x.shape[3]))
+    return tl.reshape(x, (OUTER, x.shape[0] // OUTER, x.shape[1], x.shape[2], x.shape[3]))
 
 
 # --- pieces -------------------------------------------------------------------------------------------------
@@ -182,6 +184,55 @@ def _within(x, D: tl.constexpr):
     return x if DP == D else tl.where((tl.arange(0, DP) < D)[None, :], x, 0.0)
 
 
+# --- the projection of qjl ----------------------------------------------------------------------------------
+
+PARTS = 4
+"""Programs that can share the projection of some vectors: each has every fourth four of its columns."""
+_PARTS = tl.constexpr(PARTS)
+
+
+def projection_operand(projection: Tensor) -> Tensor:
+    """A matrix [D, D] that `project` multiplies with, D a power of two from 64 on: in its operands' order.
+
+    Rows (k) are dims of vectors as threads have them in 4 lanes, four of each quarter in a product of 16;
+    columns (n) are such that a thread gets what belongs to these dims.
+    """
+    size = len(projection)
+    tile, half, steps, column, quarter, step, of_four = torch.meshgrid(
+        *(torch.arange(n) for n in (size // 16, 2, size // 32, 8, 4, 2, 4)), indexing="ij"
+    )
+    k = quarter * (size // 4) + (steps * 2 + step) * 4 + of_four
+    n = (column // 2) * (size // 4) + tile * 4 + half * 2 + column % 2
+    return projection.cpu()[k, n].to(projection.device)
+
+
+@triton.jit
+def load_operand(projection, part, D: tl.constexpr):
+    """A part of the matrix: [32, D / 64, D / 32, 8] for either half of the columns, 16 bytes a thread."""
+    STEPS: tl.constexpr = D // 32
+    tile = tl.arange(0, D // 16 // _PARTS) * _PARTS + part
+    i = (tile * 2 * STEPS)[None, :, None, None] + tl.arange(0, STEPS)[None, None, :, None]
+    i = (i * 32 + tl.arange(0, 32)[:, None, None, None]) * 8 + tl.arange(0, 8)[None, None, None, :]
+    return tl.load(projection + i), tl.load(projection + STEPS * 256 + i)
+
+
+@triton.jit
+def _project(x, first, second):
+    """Signs of x [R, D] fp16 times a part of the matrix -> words [R, D / 16]: the highest bits of nibbles.
+
+    Operands are joined, from which the compiler takes it that a thread has four rows (k) in a row.
+    """
+    D: tl.constexpr = x.shape[1]
+    N: tl.constexpr = D // _PARTS
+    y = tl.reshape(tl.join(first, second), (8, 4, N // 16, D // 32, 2, 4, 2))
+    y = tl.reshape(tl.permute(y, (3, 4, 1, 5, 2, 6, 0)), (D, N))
+    x = tl.permute(tl.reshape(x, (x.shape[0], 4, D // 16, 4)), (0, 2, 1, 3))
+    z = tl.dot(tl.reshape(x, (x.shape[0], D)), y)
+    z = tl.permute(tl.reshape(z, (x.shape[0], N // 16, 2, 4, 2)), (0, 3, 1, 2, 4))
+    z = tl.reshape(z, (x.shape[0], N))
+    return _pack(tl.where(z >= 0, 8.0, 0.0), 4, 4, 0.0)
+
+
 # --- Lloyd-Max codes ----------------------------------------------------------------------------------------
 
 
@@ -279,10 +330,10 @@ def _try(
 
 @triton.jit
 def _store_rotated(
-    x, base, page_stride, slot, mask, projection,
+    x, base, page_stride, slot, mask, projection, part,
     SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
     ANCHOR: tl.constexpr, OFFSET: tl.constexpr, BYTES: tl.constexpr, META: tl.constexpr,
-    D: tl.constexpr, P: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, PROJECTION: tl.constexpr,
 ):  # fmt: skip
     """Lloyd-Max codes of x [R, DP]: √D times the rotated vectors, zero beyond D, no zero before."""
     BITS: tl.constexpr = 2 if SCHEME == "lm2" else (4 if SCHEME == "lm4" else 3)
@@ -329,7 +380,7 @@ def _store_rotated(
     if SCHEME == "qjl":
         rest = size - level
         scale = tl.sqrt(_total(rest * rest))
-        projected = tl.dot(_flip(rest, x).to(tl.float16), load_square(projection, D, x.shape[1]))
+        rest = _flip(rest, x).to(tl.float16)
     codes, meta = _place(base, page_stride, slot, OFFSET, BYTES, META, P)
     tl.store(meta, _to_half(factor), mask=mask)
     if SCHEME == "turbo" or SCHEME == "qjl":
@@ -338,10 +389,31 @@ def _store_rotated(
             # the nibble above the middle of all sixteen, which a negative element has as far below it
             code = _flip((size >= level).to(tl.float32) * 8 + index, x)
             words = _pack(code, 4, 4, 7.5)
-        else:
+            _store_words(codes, words, mask, 0, D // 4)
+        elif PROJECTION == "square":
+            projected = tl.dot(rest, load_square(projection, D, x.shape[1]))
             code = _flip(index, x) + tl.where(projected >= 0, 8.0, 0.0)
-            words = _pack(code, 4, 4, 3.5)
-        _store_words(codes, words, mask, 0, D // 4)
+            _store_words(codes, _pack(code, 4, 4, 3.5), mask, 0, D // 4)
+        else:
+            words = _pack(_flip(index, x), 4, 4, 3.5)
+            if PROJECTION == "part":
+                words = tl.reshape(words, (x.shape[0], D // 4 // _PARTS, _PARTS)).to(tl.int32)
+                words = tl.sum(tl.where(tl.arange(0, _PARTS)[None, None, :] == part, words, 0), 2)
+                words = words.to(tl.uint16) | _project(rest, projection[0], projection[1])
+                at = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + part
+                at = at[:, None] + (tl.arange(0, D // 4 // _PARTS) * _PARTS)[None, :]
+                tl.store(at, words, mask=mask[:, None])
+            else:
+                first, second = load_operand(projection, 0, D)
+                signs0 = _project(rest, first, second)
+                first, second = load_operand(projection, 1, D)
+                signs1 = _project(rest, first, second)
+                first, second = load_operand(projection, 2, D)
+                signs2 = _project(rest, first, second)
+                first, second = load_operand(projection, 3, D)
+                signs3 = _project(rest, first, second)
+                signs = tl.join(tl.join(signs0, signs2), tl.join(signs1, signs3))
+                _store_words(codes, words | tl.reshape(signs, words.shape), mask, 0, D // 4)
     elif SCHEME == "lm4":
         _store_words(codes, _pack(_flip(index, x), 4, 4, 7.5), mask, 0, D // 4)
     elif SCHEME == "lm3":
@@ -359,15 +431,17 @@ def _store_rotated(
 
 @triton.jit
 def store_rows(
-    x, base, page_stride, slot, mask, projection,
+    x, base, page_stride, slot, mask, projection, part,
     SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
     ANCHOR: tl.constexpr, ROTATED: tl.constexpr, HAS_E4M3: tl.constexpr, OFFSET: tl.constexpr,
     BYTES: tl.constexpr, META: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    PROJECTION: tl.constexpr,
 ):  # fmt: skip
     """Encode x [R, DP], zero beyond D, to the slots [R] of a head whose block in page 0 lies at `base`.
 
     Codes lie OFFSET bytes into a block, BYTES a row, metadata META bytes. Rotated vectors come times √D.
-    HAS_E4M3: the GPU converts to it.
+    HAS_E4M3: the GPU converts to it. PROJECTION of qjl: by the `square` matrix, by its `operands`, or by a
+    `part` of them, which comes loaded, for that part of the codes.
     """
     DP: tl.constexpr = x.shape[1]
     d = tl.arange(0, DP)
@@ -377,8 +451,8 @@ def store_rows(
         tl.store(typed[:, None] + d[None, :], x.to(DTYPE), mask=mask[:, None] & (d < D)[None, :])
     elif ROTATED:
         _store_rotated(
-            x, base, page_stride, slot, mask, projection, SCHEME, NORM, RESIDUAL, CANDIDATES, ANCHOR,
-            OFFSET, BYTES, META, D, P,
+            x, base, page_stride, slot, mask, projection, part, SCHEME, NORM, RESIDUAL, CANDIDATES, ANCHOR,
+            OFFSET, BYTES, META, D, P, PROJECTION,
         )  # fmt: skip
     else:
         x = x.to(tl.float32)
