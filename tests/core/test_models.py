@@ -306,6 +306,7 @@ PROBED = [
     ("bert", {}, "looks ahead"),
     ("diffllama", {}, "not once each"),
     ("doge", {}, "mask|window"),
+    ("xmod", {}, "can't run on tokens alone .*language unknown"),
 ]
 
 
