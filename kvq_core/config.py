@@ -1,10 +1,23 @@
 """Every setting of the engine and of sampling, frozen; the only place where defaults live."""
 
 from dataclasses import dataclass, field, replace
+from operator import index
 from typing import Any
 
 from kvq_core.errors import UsageError
 from kvq_core.policies import Policy, get_policy
+
+
+def _check_whole(settings: Any, *names: str) -> None:
+    """See that these fields, where they are not None, are integers of Python, not of numpy."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        try:
+            object.__setattr__(settings, name, index(value))
+        except TypeError:
+            raise UsageError(f"{name} must be a whole number, got {value!r}") from None
 
 
 @dataclass(frozen=True)
@@ -62,18 +75,22 @@ class EngineConfig:
     def __post_init__(self) -> None:
         rules = (self.layers,) if isinstance(self.layers, str) else self.layers or ()
         object.__setattr__(self, "layers", tuple(rules))
-        for name in ("page_size", "max_num_seqs", "tp"):
+        counts = ("kv_memory", "max_model_len", "max_num_batched_tokens", "prefill_chunk")
+        least_one = ("page_size", "max_num_seqs", "tp")
+        _check_whole(self, *least_one, "sink", "recent", "swap_memory", "seed", *counts)
+        for name in least_one:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.key_bias not in ("auto", "off"):
             raise UsageError(f"key_bias must be auto or off, got {self.key_bias}")
+        if self.load_format not in ("auto", "dummy"):
+            raise UsageError(f"load_format must be auto or dummy, got {self.load_format}")
         if self.page_size % 16:
             raise UsageError(f"page_size must be a multiple of 16, got {self.page_size}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(f"gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}")
         if not 0 <= self.fidelity <= 1:
             raise UsageError(f"fidelity must lie in [0, 1], got {self.fidelity}")
-        counts = ("kv_memory", "max_model_len", "max_num_batched_tokens", "prefill_chunk")
         for name in ("sink", "recent", *counts):
             value = getattr(self, name)
             if value is not None and value < (1 if name in counts else 0):
@@ -124,9 +141,14 @@ class SamplingParams:
     """Tokens come with their log-probabilities, and with those of this many of the likeliest."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # its letters are no stop strings
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        _check_whole(self, "max_new_tokens", "top_k", "seed", "logprobs")
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise UsageError(f"temperature must not be negative, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must lie in (0, 1], got {self.top_p}")

@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from types import ModuleType
 from typing import Any
 
@@ -43,7 +44,7 @@ class Response:
 
 
 def pipeline(
-    model: str | LoadedModel,
+    model: str | PathLike[str] | LoadedModel,
     config: EngineConfig | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -53,9 +54,9 @@ def pipeline(
     `progress` is called with (done, total) while CUDA graphs are captured.
     """
     config = config or EngineConfig()
-    if isinstance(model, str):
+    if not isinstance(model, LoadedModel):
         model = load_model(
-            model,
+            fspath(model),
             dtype=config.dtype,
             device=config.device,
             load_format=config.load_format,
@@ -213,11 +214,6 @@ def sampling(params: SamplingParams | None, options: dict[str, Any]) -> Sampling
     if unknown:
         raise UsageError(f"unknown sampling option {unknown[0]!r}", f"there are {', '.join(known)}")
     changes = {name: value for name, value in options.items() if value is not None}
-    if isinstance(changes.get("stop"), str):
-        changes["stop"] = (changes["stop"],)
-    for name in ("stop", "stop_token_ids"):
-        if name in changes:
-            changes[name] = tuple(changes[name])
     return replace(params or SamplingParams(), **changes)
 
 

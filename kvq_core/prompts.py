@@ -34,9 +34,9 @@ def encode(model: LoadedModel, prompt: Prompt) -> list[int]:
     elif model.tokenizer is None:
         raise KvqError(f"{model.name} has no tokenizer", "give prompts as lists of token ids")
     elif isinstance(prompt, str):
-        ids = list(model.tokenizer(prompt)["input_ids"])
+        ids = list(model.tokenizer(_checked(prompt))["input_ids"])
     else:
-        text = _apply_template(model, prompt)  # type: ignore[arg-type]
+        text = _checked(_apply_template(model, prompt))  # type: ignore[arg-type]
         ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise KvqError("the prompt is empty", "give at least one token")
@@ -55,6 +55,15 @@ def _apply_template(model: LoadedModel, messages: list[dict[str, Any]]) -> str:
             f"the chat template of {model.name} refuses these messages: {error}",
             'messages are like {"role": "user", "content": "Hi"}; some models take no system role',
         ) from error
+
+
+def _checked(text: str) -> str:
+    """Text without lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise KvqError(f"the prompt is not valid Unicode: {error.reason}", "decode it from UTF-8") from error
+    return text
 
 
 def _plain(prompt: Any) -> Any:

@@ -121,7 +121,9 @@ class BaseCodec(ABC):
         if not self.num_meta:
             return self.decode(codes, meta, head_dim, dtype)
         decoded = self.decode(codes, meta, head_dim, working_dtype(dtype))
-        return (hadamard(decoded) if self.rotated else decoded).to(dtype)
+        decoded = hadamard(decoded) if self.rotated else decoded
+        # what lies at the edge of fp16's range may come back a little beyond it
+        return to_half(decoded) if dtype == torch.float16 else decoded.to(dtype)
 
     def roundtrip(self, x: Tensor) -> Tensor:
         """[..., D] -> what a reader of the cache sees of it, rotated back, in `x.dtype`."""

@@ -9,6 +9,7 @@ fault, does to the layer's output. Sampled steps run without CUDA graphs.
 import logging
 import random
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ MEMORY = 256
 ENOUGH = 8
 """Sampled steps before anything is called a jump."""
 JUMP = 3.0
-"""An error of more than so many medians is a jump,"""
+"""An error of the pages of more than so many medians is a jump,"""
 FLOOR = 0.02
 """unless it is below this: rounding jumps, too."""
 LARGEST = 1e6
@@ -38,19 +39,28 @@ LARGEST = 1e6
 log = logging.getLogger("kvq")
 
 
+def _memory() -> deque[float]:
+    return deque(maxlen=MEMORY)
+
+
+def _median(values: Collection[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else 0.0
+
+
 @dataclass
 class LayerErrors:
     """Relative errors of a layer's attention output, ‖codec - raw‖ / ‖raw‖, requests' mean of each step."""
 
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=MEMORY))
+    recent: deque[float] = field(default_factory=_memory)
+    pages: deque[float] = field(default_factory=_memory)
+    """The same without the policy's unquantized tokens, which hide most of it while a context is short."""
     total: float = 0.0
     worst: float = 0.0
     """Of any request at any step."""
 
     @property
     def median(self) -> float:
-        ordered = sorted(self.recent)
-        return ordered[len(ordered) // 2] if ordered else 0.0
+        return _median(self.recent)
 
 
 class Fidelity:
@@ -131,23 +141,29 @@ class Fidelity:
             settings["max_context"] = batch.max_context
             return dispatch.paged_decode(q, held.pages, tables, lens, held.layout, **settings).float()
 
-        through_codec, exact = attend(held.raw), attend(self.shadows[layer])
+        exact = attend(self.shadows[layer])
         norm = exact.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        error = (through_codec - exact).flatten(1).norm(dim=1) / norm
-        self._found.append(error.nan_to_num(LARGEST, LARGEST).clamp(max=LARGEST))
+
+        def off(output: Tensor) -> Tensor:
+            error = (output - exact).flatten(1).norm(dim=1) / norm
+            return error.nan_to_num(LARGEST, LARGEST).clamp(max=LARGEST)
+
+        error = off(attend(held.raw))
+        self._found.append(torch.stack((error, error if held.raw is None else off(attend(None)))))
 
     def finish(self) -> None:
         """Take the errors of a measured step; one warning for all layers that jumped."""
         self.steps += 1
         jumps: list[tuple[int, float, float]] = []
-        for index, errors in enumerate(torch.stack(self._found).tolist()):
-            layer, worst = self.layers[index], max(errors)
-            usual = layer.median
-            if len(layer.recent) >= ENOUGH and worst > max(FLOOR, JUMP * usual):
+        for index, (errors, of_pages) in enumerate(torch.stack(self._found).tolist()):
+            layer, worst = self.layers[index], max(of_pages)
+            usual = _median(layer.pages)
+            if len(layer.pages) >= ENOUGH and worst > max(FLOOR, JUMP * usual):
                 jumps.append((index, worst, usual))
+            layer.pages.append(sum(of_pages) / len(of_pages))
             layer.recent.append(sum(errors) / len(errors))
             layer.total += layer.recent[-1]
-            layer.worst = max(layer.worst, worst)
+            layer.worst = max(layer.worst, *errors)
         self.jumps += len(jumps)
         if jumps:
             text = "fidelity: attention of layer %d is off by %.3g, usually by %.3g%s: is its cache damaged?"

@@ -77,6 +77,10 @@ def probe(model: nn.Module, geometry: ModelGeometry) -> ModelGeometry:
             )
     except _KeywordLost as lost:
         raise refusal(config, "its layers do not pass keywords on to the attention function") from lost
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # models raise what they like
+        raise refusal(config, f"its forward fails here ({type(error).__name__}: {error})") from error
     problem = _problem(record.calls, geometry)
     if problem is None:
         plain, other = output.logits[0, -1].float(), output.logits[1, -1].float()

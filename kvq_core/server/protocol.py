@@ -25,6 +25,7 @@ IGNORED = {
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_retention",
     "parallel_tool_calls",
 }
 """Fields that don't change an answer."""
@@ -38,8 +39,14 @@ NEUTRAL: dict[str, list[Any]] = {
     "tools": [[]],
     "tool_choice": ["none", "auto"],
     "functions": [[]],
+    "function_call": ["none", "auto"],
     "response_format": [{"type": "text"}],
     "modalities": [["text"]],
+    "audio": [],
+    "prediction": [],
+    "reasoning_effort": [],
+    "verbosity": [],
+    "web_search_options": [],
 }
 """Fields that are not supported -> values, beside null, that ask for nothing."""
 MOST_LOGPROBS = 20

@@ -114,6 +114,19 @@ def test_a_damaged_page_is_a_jump(policy: str, make: MAKE, caplog: pytest.LogCap
     }  # fmt: skip
 
 
+def test_contexts_that_outgrow_the_unquantized_tokens_are_no_jump(
+    make: MAKE, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Short ones are exact, and longer ones as far off as the codec is: no page is damaged."""
+    engine = make("42+s4r100")
+    for length in (40, 90, 300):
+        generate(engine, count=1, length=length, new=20)
+    found = engine.kv_stats()["fidelity"]
+    assert found["jumps"] == 0 and not caplog.records
+    assert min(found["worst_errors"]) > 3 * 0.02, "errors that would be jumps from none"
+    assert engine.fidelity is not None and engine.fidelity.layers[0].median == 0
+
+
 def test_a_preempted_request_is_not_compared_with_anothers_tokens(make: MAKE) -> None:
     """Too little memory for all: rows change hands, and what the shadow holds of others does not count."""
     engine = make("int8", kv_memory=46_000, swap_memory=1 << 20, max_num_seqs=4)

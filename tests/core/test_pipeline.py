@@ -4,10 +4,11 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -145,8 +146,9 @@ def test_a_model_without_a_tokenizer_takes_token_ids(bare: LoadedModel) -> None:
             pipe([1, 2, 3], stop=["x"])
 
 
-def test_a_model_by_name(folder: Path) -> None:
-    with pipeline(str(folder), CONFIG.replace(policy=8, dtype="float64", device="cpu")) as pipe:
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_model_by_name(folder: Path, kind: Callable[[Path], str | Path]) -> None:
+    with pipeline(kind(folder), CONFIG.replace(policy=8, dtype="float64", device="cpu")) as pipe:
         assert pipe.config.dtype == "float64"
         assert pipe.config.resolved_policy().name == "int8"
         assert len(pipe([5, 6], max_new_tokens=3, ignore_eos=True).token_ids) == 3
@@ -178,6 +180,8 @@ def test_bad_prompts(prompts: Any, message: str) -> None:
     ("prompts", "message"),
     [
         ("", "prompt is empty"),
+        ("half a pair \ud800", "not valid Unicode"),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
         ([0, VOCAB], "outside"),
         ([-1], "outside"),
         (["fine", "x" * 256], "too long"),
@@ -212,6 +216,10 @@ def test_a_template_that_refuses(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
         ({"max_tokens": 3}, "unknown sampling option"),
         ({"top_p": 0}, "top_p"),
         ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 2.5}, "whole number, got 2.5"),
+        ({"max_new_tokens": "3"}, "whole number, got '3'"),
+        ({"seed": "x"}, "seed must be a whole number"),
+        ({"temperature": float("nan")}, "temperature"),
     ],
 )
 def test_bad_options(pipe: Pipeline, options: dict[str, Any], message: str) -> None:
@@ -219,10 +227,40 @@ def test_bad_options(pipe: Pipeline, options: dict[str, Any], message: str) -> N
         pipe("Hi", **options)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_memory": "1GiB"}, "kv_memory must be a whole number, got '1GiB'"),
+        ({"page_size": 64.0}, "page_size must be a whole number"),
+        ({"load_format": "random"}, "load_format must be auto or dummy"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EngineConfig(**settings)
+
+
 def test_options_override_params(pipe: Pipeline) -> None:
     params = SamplingParams(max_new_tokens=9, ignore_eos=True)
     assert len(pipe("Hi", params).token_ids) == 9
     assert len(pipe("Hi", params=params, max_new_tokens=4, temperature=None).token_ids) == 4
+
+
+def test_a_seed_of_numpy_is_a_seed(pipe: Pipeline) -> None:
+    options = {"max_new_tokens": 8, "temperature": 1.0, "ignore_eos": True}
+    seed = np.int64(2**62 + 1)
+    assert pipe("Hi", seed=seed, **options).token_ids == pipe("Hi", seed=int(seed), **options).token_ids
+
+
+def test_a_stop_string_alone_is_not_its_letters(pipe: Pipeline) -> None:
+    one: Any = "END"
+    several: Any = ["a", "b"]
+    assert SamplingParams(stop=one).stop == ("END",)
+    assert SamplingParams(stop=several).stop == ("a", "b")
+    text = pipe("Hi", max_new_tokens=30, ignore_eos=True).text
+    missing: Any = text[:3] + "\0"
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True, stop=missing)
+    assert pipe("Hi", params).text == text
 
 
 def test_sampling_with_a_seed_repeats(pipe: Pipeline) -> None:

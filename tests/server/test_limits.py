@@ -64,6 +64,8 @@ def slow(running: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -
         (HI | {"stop": ["x"] * 17}, "stop", None, "at most 16"),
         (HI | {"best_of": 3}, "best_of", "unsupported_parameter", "`best_of` is not supported"),
         (HI | {"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter", "not supported"),
+        (HI | {"echo": True}, "echo", "unsupported_parameter", "`echo` is not supported"),
+        (HI | {"reasoning_effort": "low"}, "reasoning_effort", "unsupported_parameter", "not supported"),
         (HI | {"colour": "red"}, "colour", "unknown_parameter", "unknown field `colour`"),
         (HI | {"stream_options": {}}, "stream_options", None, "needs `stream`"),
         (HI | {"max_tokens": 300}, "max_tokens", "context_length_exceeded", "has room for 254"),
@@ -101,6 +103,8 @@ def test_fields_that_ask_for_nothing_are_taken(running: Any) -> None:
         "presence_penalty": 0,
         "logprobs": None,
         "tools": [],
+        "function_call": None,
+        "reasoning_effort": None,
         "user": "me",
         "n": None,
     }
