@@ -39,6 +39,15 @@ def scheme_of(policy: Mapping[str, Any]) -> tuple[Any, ...]:
     return policy.get("key"), policy.get("value"), *window, *(policy.get("layers") or ())
 
 
+def without_folder(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` of a record: a folder or file is named by the last part of its path alone.
+
+    So a record tells nothing of a disk, and every command calls the same model the same.
+    """
+    path = Path(str(model.get("name", ""))).expanduser()
+    return dict(model) | ({"name": path.name} if path.is_absolute() or path.exists() else {})
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """What one benchmark run measured, and under what conditions.

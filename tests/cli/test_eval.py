@@ -109,6 +109,7 @@ def test_rows_on_stdout_and_in_the_file(
     assert {row["predicted_tokens"] for row in rows} == {3 * 39}
     assert rows[0]["workload"]["name"] == "book.txt" and rows[0]["workload"]["windows"] == 3
     assert str(tmp_path.parent) not in out, "a record tells nothing of a disk"
+    assert {row["model"]["name"] for row in rows} == {options[1].name}
     records = read_records([output])
     assert [record.label for record in records] == ["none", "int8", "turbo"]
     assert records[2].get("kl") == rows[2]["kl"]
