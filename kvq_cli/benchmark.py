@@ -68,7 +68,10 @@ class Session:
         self.rows += [{"label": record.label, "run": len(self.records) - 1} | row for row in rows]
         if not record.metrics.get("completed") and record.complete:
             reason = next(iter(record.errors), "none was sent")
-            self.error = KvqError(f"{record.name}: no request was completed: {reason}")
+            self.error = KvqError(
+                f"{record.name}: no request was completed: {reason}",
+                "mend what made them fail, and measure again",
+            )
         try:
             self.save([record.to_dict() for record in self.records], rescue=False)
         except KvqError as error:

@@ -28,7 +28,7 @@ class EngineConfig:
     device: str = "auto"
     """auto | cpu | cuda | cuda:N"""
     load_format: str = "auto"
-    """auto | dummy (random weights, for measuring speed without a checkpoint)"""
+    """auto (the checkpoint's weights) | dummy (random ones, for measuring speed without a checkpoint)"""
     tp: int = 1
     """Processes that hold a shard of the model and of the cache each; on GPUs, one each."""
     page_size: int = 64
@@ -65,8 +65,9 @@ class EngineConfig:
         for name in ("page_size", "max_num_seqs", "tp"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.key_bias not in ("auto", "off"):
-            raise UsageError(f"key_bias must be auto or off, got {self.key_bias}")
+        for name, known in (("key_bias", ("auto", "off")), ("load_format", ("auto", "dummy"))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)}")
         if self.page_size % 16:
             raise UsageError(f"page_size must be a multiple of 16, got {self.page_size}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -73,7 +73,7 @@ class HttpTarget:
     def send(self, request: BenchRequest, asked: float | None = None) -> None:
         """`asked`: when the request was to be sent, where that was in another process."""
         if self.api == "chat" and not isinstance(request.prompt, str):
-            raise KvqError("the chat API takes text, and the prompt is token ids")
+            raise KvqError("the chat API takes text, and the prompt is token ids", "use `--api completions`")
         answer = self._answers[request.index] = _Answer(request)
         self._client.post(request.index, self._path, json.dumps(self._body(request)).encode())
         if asked is not None:

@@ -234,7 +234,10 @@ def run_load(
                     free.append(event.time)
                     ended += 1
             if not events and running and clock() - last > stall_timeout:
-                raise KvqError(f"nothing happened for {stall_timeout:.0f} s; the target seems to hang")
+                raise KvqError(
+                    f"nothing happened for {stall_timeout:.0f} s; the target seems to hang",
+                    "its log may say why; what was measured until then is kept",
+                )
             if events and progress:
                 progress(ended, tokens)
     except KeyboardInterrupt:

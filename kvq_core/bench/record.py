@@ -237,7 +237,9 @@ def parse_json(data: bytes, path: Path) -> Any:
             else "it must hold one JSON document",
         ) from error
     except RecursionError as error:
-        raise KvqError(f"{path} is nested too deeply for JSON data") from error
+        raise KvqError(
+            f"{path} is nested too deeply for JSON data", "it holds no data that kvq reads; check the path"
+        ) from error
 
 
 def requests_path(path: Path) -> Path:

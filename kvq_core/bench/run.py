@@ -104,7 +104,10 @@ def _warm_up(
     if result.error:
         raise result.error
     if result.traces and not any(trace.succeeded for trace in result.traces):
-        raise KvqError(f"all {len(result.traces)} warm-up requests failed: {result.traces[0].error}")
+        raise KvqError(
+            f"all {len(result.traces)} warm-up requests failed: {result.traces[0].error}",
+            "nothing was measured; what refused them says why, and a server's log may say more",
+        )
 
 
 def _kv_stats(target: Target, result: LoadResult) -> dict[str, Any]:

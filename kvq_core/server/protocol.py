@@ -225,9 +225,8 @@ def parse(kind: type[R], body: bytes) -> R:
     """The request in a body; raises `ApiError` that names the field."""
     try:
         document = json.loads(body)
-        json.dumps(
-            document, ensure_ascii=False
-        ).encode()  # JSON can spell half a surrogate pair; nobody takes it
+        # JSON can spell half a surrogate pair, which no tokenizer takes; encoding fails on one.
+        json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     try:
