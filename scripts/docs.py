@@ -14,13 +14,13 @@ from typing import Any, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import typer
-from readme import render
 
 from kvq_cli.app import app
 from kvq_core.bench.advice import Limits, advise, read_quality
 from kvq_core.bench.compare import compare_records
 from kvq_core.bench.record import read_records
 from kvq_core.bench.report import markdown, number
+from readme import render
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
