@@ -63,6 +63,7 @@ class Session:
         self.rows = [row | {"run": new} for row in self.rows if (new := moved[row["run"]]) is not None]
 
     def add(self, record: "RunRecord", rows: Sequence[dict[str, Any]]) -> None:
+        """Keep a record and the rows of its requests, and write the file again."""
         record = replace(record, part=self.part)
         self.records.append(record)
         self.rows += [{"label": record.label, "run": len(self.records) - 1} | row for row in rows]
@@ -89,6 +90,7 @@ class Session:
         return documents if self.as_list else documents[0]
 
     def save(self, documents: list[dict[str, Any]], *, rescue: bool = True) -> None:
+        """Write the output file, if there is one; `KvqError` where that fails."""
         if self.output:
             from kvq_core.bench.record import write_records
 

@@ -242,7 +242,7 @@ KeyBias = Annotated[
     str,
     typer.Option(
         help="auto: where a model's keys have a large constant part (Qwen2), it stays out of the cache, "
-        "so that few bits do. off: quantize keys as they are.",
+        "so that few bits are enough. off: quantize keys as they are.",
         metavar="auto|off",
         rich_help_panel=CACHE_PANEL,
     ),

@@ -22,7 +22,7 @@ class EngineConfig:
     layers: tuple[str, ...] = ()
     """Layers with codecs of their own, each `LAYERS=POLICY`: `0,1,-2,-1=8`."""
     key_bias: str = "auto"
-    """auto | off: leave a large constant part of the keys (as Qwen2's bias makes it) out of the cache."""
+    """auto (leave a large constant part of the keys, such as Qwen2's bias, out of the cache) | off"""
     dtype: str = "auto"
     """auto | bfloat16 | float16 | float32 | float64"""
     device: str = "auto"
@@ -43,10 +43,11 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Requests that run at the same time."""
     max_num_batched_tokens: int | None = None
-    """Tokens one step may carry; None: max_num_seqs and a chunk, on a GPU 4 of them (2,048 to 8,192)."""
+    """Tokens one step may carry; None: one for each of `max_num_seqs`, and a chunk; on a GPU four chunks, but
+    no fewer than 2,048 tokens, and no more than 8,192 or one chunk."""
     prefill_chunk: int | None = None
     """Prompts are processed in chunks of this many tokens, counted from the prompt's start; far into a long
-    one of half as many, a quarter and so on. None: see `chunk`."""
+    prompt, chunks are half as long, then a quarter, and so on. None: see `chunk`."""
     prefix_caching: bool = False
     """Keep the whole chunks of prompts for prompts that begin alike; tokens are the same."""
     max_model_len: int | None = None

@@ -172,13 +172,14 @@ def eval(
     stays the same. bits: codes, metadata and unquantized tokens, per element
     of a request as long as a window.
 
-    On a CPU, float32 models are computed in float64: codes that lie near an
-    edge fall to either side by the order of a sum, and of two float32 runs,
-    equally right, the KL of a 3-bit policy differs by 2 or 3%.
+    On a CPU, float32 models are computed in float64. In float32 the order of
+    a sum decides on which side of an edge between two codes a number falls,
+    and two runs that are equally right differ by 2 or 3% in the KL of a 3-bit
+    policy.
 
     Tasks are run by lm-evaluation-harness: log-likelihoods with every key and
-    value read back, generation through the engine. With policy none they are
-    those of its own Hugging Face backend. Scores come with standard errors.
+    value read back, generation through the engine. With policy none, scores are
+    those of its own Hugging Face backend. They come with standard errors.
 
     kvq eval --policies none,int8,42 --dataset-path book.txt --context-len 2048
     kvq eval --policies 42 --sink 4 --recent 128 --max-kl 0.02

@@ -21,6 +21,8 @@ REASON_LENGTH = 160
 
 
 class Tokenizer(Protocol):
+    """What is needed of a transformers tokenizer: to count the tokens of an answer."""
+
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]: ...
 
 
@@ -245,6 +247,7 @@ def prefix_hit_rate(cached: CachedTokens) -> dict[str, Any]:
 
 
 def authorization(key: str | None) -> dict[str, str]:
+    """The header that carries a key; none without one."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

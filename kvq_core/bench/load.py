@@ -42,6 +42,7 @@ class Ramp:
         return cls(match[1], float(match[2]), float(match[3]))
 
     def rates(self, count: int) -> list[float]:
+        """Requests per second at each of `count` requests."""
         shares = [i / max(1, count - 1) for i in range(count)]
         if self.shape == "linear":
             return [self.start + (self.end - self.start) * share for share in shares]

@@ -107,6 +107,7 @@ def _meets(trace: RequestTrace, limits: Mapping[str, float]) -> bool:
 
 
 def rate(count: int, duration: float) -> float:
+    """`count` per second; 0 where no time has passed."""
     return count / duration if duration > 0 else 0.0
 
 

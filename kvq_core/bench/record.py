@@ -118,6 +118,7 @@ class RunRecord:
         return self.metrics.get(key, self.kv.get(key))
 
     def to_dict(self) -> dict[str, Any]:
+        """The record as a JSON object."""
         document: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "complete": self.complete,
@@ -207,6 +208,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
+    """A file's bytes; `KvqError` where it is missing or can't be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -216,6 +218,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_json(data: bytes, path: Path) -> Any:
+    """The JSON document in `data`; `KvqError` that names `path` and the place where it is wrong."""
     if not data.strip():
         raise KvqError(f"{path} is empty", "a download or run that was cut off? Get the file again")
     try:

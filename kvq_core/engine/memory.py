@@ -18,7 +18,7 @@ _CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
 _GRAPH_RESERVE = 512 << 20
 """Kept free for CUDA graphs and the allocator's fragments."""
 _LEAST_STEP, _MOST_STEP = 2048, 8192
-"""Prompt tokens that a step has room for on a GPU, unless told; more are not processed any faster."""
+"""Bounds of the prompt tokens that a step has room for on a GPU, unless told; more take as long each."""
 
 
 def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, CachePlan]:

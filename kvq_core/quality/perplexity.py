@@ -44,6 +44,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
+    """Quality of all policies on the same windows."""
+
     rows: list[Row]
     """In the order of the policies; empty where not one window was finished."""
     reference_ppl: float

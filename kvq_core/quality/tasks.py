@@ -48,6 +48,8 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class TaskResult:
+    """Scores of all policies on the same samples."""
+
     rows: list[TaskRow]
     """In the order of the policies; those that were finished."""
     seconds: float

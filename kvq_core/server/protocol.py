@@ -50,6 +50,8 @@ EXTENSIONS = "top_k, stop_token_ids, ignore_eos, return_token_ids"
 
 
 class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`."""
+
     include_usage: bool = False
     include_obfuscation: bool = False
     """Padding against eavesdroppers, which there is none of here."""
@@ -150,6 +152,8 @@ class GenerationRequest(BaseModel):
 
 
 class CompletionRequest(GenerationRequest):
+    """The body of `/v1/completions`."""
+
     default_max_tokens = 16
 
     prompt: Annotated[Any, WithJsonSchema(PROMPT)]
@@ -169,6 +173,8 @@ class CompletionRequest(GenerationRequest):
 
 
 class TextPart(BaseModel):
+    """One part of a message's content; only text is supported."""
+
     model_config = ConfigDict(strict=True)
 
     type: Literal["text"]
@@ -176,6 +182,8 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
+    """One message of a conversation."""
+
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -198,6 +206,8 @@ class Message(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
+    """The body of `/v1/chat/completions`."""
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
