@@ -2,19 +2,24 @@
 
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+
+from kvq_kernels import paged_decode, paged_prefill, quantize_store, warp_decode
+from tests.kernels.machine import run_kernel
 
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
 """KiB of shared memory one program may have."""
@@ -36,6 +41,8 @@ class Launch:
     constants: dict[str, Any]
     attributes: dict[tuple[int, ...], list]
     options: dict[str, int]
+    counts: Counter[str] = field(default_factory=Counter)
+    """Instructions that were run, by name, see `machine.py`."""
 
     def compile(self, capability: int):
         kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
@@ -44,13 +51,13 @@ class Launch:
 
 
 class _Recorder:
-    def __init__(self, name: str, kernel: Any, launches: list[Launch]) -> None:
-        self.name, self.kernel, self.launches = name, kernel, launches
+    def __init__(self, name: str, kernel: Any, launches: list[Launch], run: bool) -> None:
+        self.name, self.kernel, self.launches, self.run = name, kernel, launches, run
 
-    def __getitem__(self, grid: Any) -> Any:
-        return self.record
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return partial(self.record, grid)
 
-    def record(self, *args: Any, **kwargs: Any) -> None:
+    def record(self, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         options = {key: kwargs.pop(key) for key in _OPTIONS if key in kwargs}
         values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         signature, constants, attributes = {}, {}, {}
@@ -68,12 +75,20 @@ class _Recorder:
                 signature[param.name] = "i32"
                 if value % 16 == 0 and not param.do_not_specialize:
                     attributes[(index,)] = [["tt.divisibility", 16]]
-        self.launches.append(Launch(self.name, self.kernel, signature, constants, attributes, options))
+        launch = Launch(self.name, self.kernel, signature, constants, attributes, options)
+        self.launches.append(launch)
+        if self.run:
+            compiled = launch.compile(90)
+            arguments = [values[param.name] for param in self.kernel.params if not param.is_constexpr]
+            launch.counts = run_kernel(
+                compiled.asm["ptx"], grid, arguments, options.get("num_warps", 4), compiled.metadata.shared
+            )
 
 
 @contextmanager
-def recording(*modules: ModuleType) -> Iterator[list[Launch]]:
-    """Inside, launches of these modules' kernels are recorded, not run."""
+def recording(*modules: ModuleType, run: bool = False) -> Iterator[list[Launch]]:
+    """Inside, launches of these modules' kernels are recorded; to `run`, they are compiled for sm_90 and run
+    by `machine.py`, on tensors of the CPU."""
     launches: list[Launch] = []
     saved = []
     for module in modules:
@@ -81,12 +96,27 @@ def recording(*modules: ModuleType) -> Iterator[list[Launch]]:
             if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
                 saved.append((module, name, kernel))
     for module, name, kernel in saved:
-        setattr(module, name, _Recorder(name, kernel, launches))
+        setattr(module, name, _Recorder(name, kernel, launches, run))
     try:
         yield launches
     finally:
         for module, name, kernel in saved:
             setattr(module, name, kernel)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    """Have launchers on tensors of the CPU choose what they would on a GPU of this capability."""
+
+    def has_products(dtype: torch.dtype, device: torch.device) -> bool:
+        return dtype != torch.float32 and capability >= 80
+
+    for module in (quantize_store, paged_decode, paged_prefill):
+        monkeypatch.setattr(module, "has_products", has_products)
+    for module in (quantize_store, warp_decode):
+        monkeypatch.setattr(module, "has_e4m3", lambda device: capability >= 89)
+    monkeypatch.setattr(warp_decode, "has_products", lambda device: capability >= 80)
+    monkeypatch.setattr(warp_decode, "has_dependent_launches", lambda device: capability >= 90)
+    monkeypatch.setattr(paged_prefill, "generation", lambda device: capability // 10)
 
 
 @lru_cache(maxsize=1)

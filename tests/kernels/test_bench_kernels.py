@@ -58,6 +58,14 @@ def test_appending_keeps_other_rows(tmp_path: Path) -> None:
     assert {r["op"] for r in json.loads(path.read_text())["rows"]} == {"store", "prefill"}
 
 
+def test_several_processes_compile_and_one_measures(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    done = run(*TINY, "--jobs", "2", "--output", str(path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 10 and all(r["time_us"] > 0 for r in rows)
+
+
 def test_a_kernel_that_fails_its_check_gets_no_speed() -> None:
     from importlib.machinery import SourceFileLoader
     from importlib.util import module_from_spec, spec_from_loader

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("a process that interprets kernels can't compile them", allow_module_level=True)
 
 from kvq_kernels import history_gluon, paged_decode, paged_prefill, quantize_store, reference, warp_decode
-from tests.kernels.compiling import SHARED_LIMIT, recording, resources
+from tests.kernels.compiling import SHARED_LIMIT, pretend, recording, resources
 
 FULL = {"window": 100, "softcap": 5.0, "sinks": True, "sink": 4, "recent": 20}
 CASES = {
@@ -42,21 +41,12 @@ SPECIALIZED_CASES = (
 WARP_CASES = ("turbo-D128", "lm4-D128", "int-D128", "none-D128", "fp8-D64", "turbo-raw-D64", "mixed-D64")
 
 
-def fits(dtype: torch.dtype, device: torch.device, *, capability: int) -> bool:
-    return dtype != torch.float32 and capability >= 80
-
-
 @pytest.mark.parametrize(
     ("name", "capability"),
     [(name, capability) for name, (_, capabilities) in CASES.items() for capability in capabilities],
 )
 def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (quantize_store, paged_decode, paged_prefill):
-        monkeypatch.setattr(module, "has_products", partial(fits, capability=capability))
-    for module in (quantize_store, warp_decode):
-        monkeypatch.setattr(module, "has_e4m3", lambda device: capability >= 89)
-    monkeypatch.setattr(warp_decode, "has_dependent_launches", lambda device: capability >= 90)
-    monkeypatch.setattr(paged_prefill, "generation", lambda device: capability // 10)
+    pretend(monkeypatch, capability)
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
     if name.startswith("float32"):
         dtype = torch.float32
@@ -82,8 +72,9 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
                 problem.keys[0][:1], problem.values[0][:1], ring.long(), ring, problem.raw
             )
         biased = {"bias": key_bias(problem)} if name in BIASED else {}
-        decode(problem, paged_decode.paged_decode, splits=4, **biased)
-        monkeypatch.setattr(warp_decode, "has_products", lambda device: capability >= 80)
+        with monkeypatch.context() as portable:
+            portable.setattr(warp_decode, "has_products", lambda device: False)
+            decode(problem, paged_decode.paged_decode, splits=4, **biased)
         for splits in (warp_decode._MOST_MERGED, warp_decode._MOST_MERGED_SHORT + 1):
             decode(problem, paged_decode.paged_decode, splits=splits, **biased)
         prefill(chunked, paged_prefill.paged_prefill, **biased)

@@ -5,7 +5,6 @@ holds one test for each half of the cases, which starts pytest on this file agai
 The interpreter knows no bf16 products: bf16 is tested on a GPU.
 """
 
-import itertools
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels import ptx
+from tests.kernels import machine
 from tests.kernels.naive import Case, build, check, decode, key_bias, prefill
 from tests.kernels.pairwise import pairwise
 
@@ -49,7 +48,6 @@ else:
         paged_prefill,
         quantize_store,
         reference,
-        warp_decode,
     )
     from kvq_kernels.layout import EncoderOptions, PageLayout, RawWindow
 
@@ -117,7 +115,7 @@ else:
     def run_assembly(assembly, constraints, operands, dtype, is_pure, pack):
         words = [x.handle.data.astype(np.int32).view(np.uint32) for x in operands]
         shape = [int(n) for n in operands[0].shape]
-        results = (TensorHandle(x.view(np.int32), tl.int32) for x in ptx.run(assembly, *words))
+        results = (TensorHandle(x.view(np.int32), tl.int32) for x in machine.run_block(assembly, *words))
         return tuple(tl.tensor(x, tl.block_type(tl.int32, shape)) for x in results)
 
     @pytest.mark.parametrize("axes", DECODE, ids=label)
@@ -136,111 +134,6 @@ else:
             assert op(*arguments, out=shared, **problem.options) is shared
             assert torch.equal(shared[[0, 2]], fresh[[0, 2]]) and (shared[1] == 7).all()
             assert (fresh[1] == 0).all()
-
-    def run_warp_assembly(assembly, constraints, operands, dtype, is_pure, pack):
-        """Of 32 lanes, memory included."""
-        words = [x.handle.data for x in operands]
-        words = [x if x.dtype.itemsize == 8 else x.view(np.uint32) for x in words]
-        types = dtype if isinstance(dtype, (tuple, tl.tuple)) else (dtype,)
-        results = ptx.run_warp(assembly, len(types), *words)
-        tensors = tuple(
-            tl.tensor(
-                TensorHandle(x.view(np.float32 if kind == tl.float32 else np.int32), kind),
-                tl.block_type(kind, [32]),
-            )
-            for x, kind in zip(results, types, strict=True)
-        )
-        return tensors if len(tensors) > 1 else tensors[0]
-
-    @triton.jit
-    def merge_kernel(
-        out, scratch, sinks, used, parts, unit, group,
-        HAS_SINKS: tl.constexpr, ROTATED: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr,
-        APART: tl.constexpr,
-    ):  # fmt: skip
-        """A kv head a program, as the last of the programs that decode it does."""
-        lane, pair = tl.arange(0, 32), tl.program_id(0)
-        scratch += pair * parts * warp_decode.ptx.part_floats(D)
-        m0, m1, l0, l1, sums = warp_decode.merge_parts(scratch, used, unit, D)
-        head0, head1 = lane % 4 * 2, lane % 4 * 2 + 1
-        at = out + pair * group * D + lane // 4 * (8 if APART else D // 8)
-        warp_decode.store_output(
-            at + head0 * D, at + head1 * D, head0 < group, head1 < group, m0, m1, l0, l1, sums,
-            sinks + pair * group, head0, head1, unit, HAS_SINKS, ROTATED, DTYPE, D, APART,
-        )  # fmt: skip
-
-    @triton.jit
-    def copy_part_kernel(source, target, D: tl.constexpr):
-        lane = tl.arange(0, 32) * 4
-        part = warp_decode._load_part(source + lane, D)
-        warp_decode._store_part(target + lane, part[0], part[1], part[2], part[3], part[4:], D)
-
-    @pytest.mark.parametrize("head_dim", [64, 128])
-    def test_decode_stores_parts_as_it_loads_them(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tl, "inline_asm_elementwise", run_warp_assembly)
-        source = torch.randn(warp_decode.ptx.part_floats(head_dim))
-        target = torch.full((len(source) + 1,), 7.0)
-        copy_part_kernel[(1,)](source, target, head_dim)
-        assert torch.equal(target[:-1], source) and target[-1] == 7
-
-    MERGES = pairwise(
-        {
-            "used": (1, 2, 3, 6),
-            "group": (1, 2, 3, 5, 8),
-            "head_dim": (64, 128),
-            "sinks": (False, True),
-            "form": ("plain", "rotated", "apart"),
-            "dtype": (torch.float16, torch.bfloat16),
-            "empty": (None, 0, -1),
-        }
-    )
-
-    @pytest.mark.parametrize("axes", MERGES, ids=str)
-    def test_decode_merges_in_one_warp(axes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Parts of random weight, one perhaps without any, against the same in float64; nothing else is read
-        or written."""
-        monkeypatch.setattr(tl, "inline_asm_elementwise", run_warp_assembly)
-        used, group, dim, dtype, unit = axes["used"], axes["group"], axes["head_dim"], axes["dtype"], 0.7
-        generator = torch.Generator().manual_seed(used + group)
-        heads, parts = 2 * group, used + 2
-        m = torch.randn(heads, parts, generator=generator) * 3
-        l = torch.rand(heads, parts, generator=generator) + 0.5
-        sums = torch.randn(heads, parts, dim, generator=generator)
-        if axes["empty"] is not None and used > 1:
-            at = range(used)[axes["empty"]]
-            m[:, at], l[:, at], sums[:, at] = -torch.inf, 0, 0
-        m[:, used:] = l[:, used:] = sums[:, used:] = torch.nan
-        sinks = torch.randn(heads, generator=generator).to(dtype) if axes["sinks"] else None
-        out = torch.full((heads + 1, dim), 7.0, dtype=dtype)
-        rotated, apart = axes["form"] == "rotated", axes["form"] == "apart" and dim == 128
-        per_lane = torch.full((2, parts, 32, 4 + dim // 4), torch.nan)
-        for lane, head in itertools.product(range(32), range(8)):
-            if head < group and head // 2 == lane % 4:
-                start, count, rows = (
-                    lane // 4 * (8 if apart else dim // 8),
-                    dim // 8,
-                    slice(head, None, group),
-                )
-                dims = [start + warp_decode.ptx.place(i, dim, apart) for i in range(count)]
-                of_head = torch.stack((m, l), -1)[rows], sums[rows][..., dims]
-                order = warp_decode.ptx.by_head(range(dim // 4))[head % 2]
-                per_lane[:, :, lane, 2 * (head % 2) : 2 * (head % 2) + 2] = of_head[0]
-                per_lane[:, :, lane, [4 + i for i in order]] = of_head[1]
-        scratch = per_lane.unflatten(-1, (-1, 4)).movedim(-2, -3).contiguous()
-        merge_kernel[(2,)](
-            out, scratch, out if sinks is None else sinks, used, parts, unit, group,
-            HAS_SINKS=sinks is not None, ROTATED=rotated,
-            DTYPE="bf16" if dtype == torch.bfloat16 else "fp16", D=dim, APART=apart,
-        )  # fmt: skip
-        exponent = m[:, :used].double() * unit
-        weights = torch.exp2(exponent - exponent.amax(1, keepdim=True))
-        total = (weights * l[:, :used]).sum(1)
-        if sinks is not None:
-            total += torch.exp2(sinks.double() * np.log2(np.e) - exponent.amax(1))
-        expected = (weights[:, :, None] * sums[:, :used]).sum(1) / total[:, None]
-        expected = reference.hadamard(expected) if rotated else expected
-        torch.testing.assert_close(out[:-1], expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
-        assert (out[-1] == 7).all()
 
     @pytest.mark.parametrize("axes", PREFILL, ids=label)
     def test_prefill(axes: dict) -> None:

@@ -10,7 +10,7 @@ from kvq_core.codecs import get_codec
 from kvq_kernels import unpack
 from kvq_kernels.codebook import LEVELS
 from kvq_kernels.unpack import WORD_ELEMENTS, unpacked_order
-from tests.kernels import ptx
+from tests.kernels import machine
 
 HEAD_DIM = 128
 
@@ -56,7 +56,7 @@ def test_unpacks_what_the_codec_decodes(name: str) -> None:
     words = np.ascontiguousarray(words).view(np.uint32)
     others = more + [np.broadcast_to(x, words.shape) for x in operands(scheme, meta)]
     assert len(others) == unpack.numbers(scheme)
-    registers = ptx.run(unpack.assembly(scheme), words, *others)
+    registers = machine.run_block(unpack.assembly(scheme), words, *others)
     assert len(registers) == unpack.registers(scheme)
     assert len(registers) * 2 == WORD_ELEMENTS[codec.scheme]
     halves = [r.view(np.float16).reshape(*words.shape, 2) for r in registers]

@@ -1,0 +1,112 @@
+"""Decode in one warp and the store, compiled for sm_90 and run by `machine.py` on a CPU."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("a process that interprets kernels can't compile them", allow_module_level=True)
+
+from kvq_core.codecs import get_codec
+from kvq_core.policies import CODEC_NAMES
+from kvq_kernels import paged_decode, quantize_store, reference, warp_decode
+from kvq_kernels.layout import PageLayout
+from tests.kernels import compiling, machine
+from tests.kernels.compiling import pretend, recording
+from tests.kernels.naive import Case, Problem, build, check, decode
+from tests.kernels.pairwise import pairwise
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 90)
+
+
+FEATURES = {
+    "plain": {},
+    "window": {"window": 50},
+    "recent": {"sink": 4, "recent": 20},
+    "all": {"window": 100, "softcap": 3.0, "sinks": True, "sink": 4, "recent": 20},
+}
+AXES = {
+    "codecs": (
+        "none:none", "int8:int8", "int4:int4", "fp8:fp8", "turbo:lm2", "lm4:lm2", "turbo:int8", "int8:lm2",
+        "lm4:int4", "int4:fp8", "fp8:none", "none:lm2",
+    ),
+    "head_dim": (64, 128),
+    "group": (1, 3, 4, 8),
+    "feature": tuple(FEATURES),
+    "splits": (1, 2, 3, 5),
+    "dtype": (torch.bfloat16, torch.float16),
+}  # fmt: skip
+
+
+def name(axes: dict) -> str:
+    return "-".join(str(x).removeprefix("torch.") for x in axes.values())
+
+
+def problem_of(axes: dict, contexts: tuple[int, ...]) -> Problem:
+    key, value = axes["codecs"].split(":")
+    case = Case(
+        key, value, key_dim=axes["head_dim"], value_dim=axes["head_dim"], kv_heads=1, group=axes["group"],
+        contexts=contexts, page_size=64, dtype=axes["dtype"], **FEATURES[axes["feature"]],
+    )  # fmt: skip
+    return build(case, reference.store, reference.store_raw)
+
+
+@pytest.mark.parametrize("axes", pairwise(AXES), ids=name)
+def test_decode(axes: dict) -> None:
+    problem = problem_of(axes, contexts=(1, 0, 63, 330))
+    with recording(paged_decode, warp_decode, run=True) as launches:
+        out = decode(problem, paged_decode.paged_decode, splits=axes["splits"])
+    assert launches[0].name == "_warp_decode_kernel"
+    assert launches[0].counts["conflicts"] == 0, "lanes met in a bank"
+    check(out, problem)
+
+
+FAULTS = {
+    "a step is read before its copies are there": ("cp.async.wait_group 3", "cp.async.wait_group 4"),
+    "a part counts itself twice": ("atom.global.inc.u32", "mov.b32"),
+    "weights are not transposed": ("movmatrix.sync.aligned.m8n8.trans.b16", "mov.b32"),
+    "a table's levels are permuted": ("0x77777777", "0x67777777"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong = FAULTS[fault]
+
+    def run_wrong(ptx: str, *arguments: Any) -> Any:
+        assert right in ptx or "_merge_kernel" in ptx
+        return machine.run_kernel(ptx.replace(right, wrong), *arguments)
+
+    axes = {"codecs": "turbo:lm2", "head_dim": 128, "group": 4, "feature": "plain", "dtype": torch.bfloat16}
+    problem = problem_of(axes, contexts=(330, 200))
+    monkeypatch.setattr(compiling, "run_kernel", run_wrong)
+    with pytest.raises((AssertionError, ValueError)), recording(paged_decode, warp_decode, run=True):
+        check(decode(problem, paged_decode.paged_decode, splits=2), problem)
+
+
+@pytest.mark.parametrize("tokens", ["few", "many"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("codec", [name for name in CODEC_NAMES if name != "qjl"])
+def test_store(codec: str, head_dim: int, tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin's bytes; codes at a threshold may fall to the neighbour."""
+    monkeypatch.setattr(quantize_store, "_FEW", 100 if tokens == "few" else 0)
+    layout = PageLayout(get_codec(codec), get_codec(codec), 64, 2, head_dim, head_dim, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 21, 2, head_dim, generator=generator).bfloat16()
+    key[3], key[7, 0] = 0, key[7, 0] * 1000
+    if not layout.value.rotated:  # rotated, it is zeros but for one number, and all of them at a threshold
+        value[5] = 1.5
+    slots = torch.randperm(128, generator=generator)[:21] + 64
+    ours, twin = (layout.empty_pages(3, "cpu").fill_(7) for _ in range(2))
+    with recording(quantize_store, run=True) as launches:
+        quantize_store.store(key, value, ours, slots, layout)
+    reference.store(key, value, twin, slots, layout)
+    assert [launch.name for launch in launches] == ["_store_kernel"]
+    different = (ours != twin).sum().item()
+    assert different <= (21 * layout.bytes_per_token_head // 100 if layout.key.rotated else 0), different
