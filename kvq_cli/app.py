@@ -22,9 +22,8 @@ from kvq_cli.commands.serve import serve
 from kvq_cli.console import TalkHandler, emit, show_error
 from kvq_cli.load_options import spread_values
 from kvq_cli.options import name_the_flag
-from kvq_core.errors import KvqError, UsageError
+from kvq_core.errors import INTERRUPTED, KvqError, UsageError
 
-INTERRUPTED = 130
 HELP = """Quantize the KV cache of a language model while it generates, and measure what that buys.
 
 kvq compare --policies 0,8,4,42   replay conversations under each policy, side by side

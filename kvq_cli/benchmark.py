@@ -12,7 +12,7 @@ from kvq_cli.load_options import LoadPlan
 from kvq_cli.options import format_size
 from kvq_core.bench.metrics import DEFINITIONS
 from kvq_core.config import EngineConfig
-from kvq_core.errors import KvqError
+from kvq_core.errors import INTERRUPTED, KvqError
 from kvq_core.policies import Policy
 
 if TYPE_CHECKING:
@@ -63,12 +63,16 @@ class Session:
         self.rows = [row | {"run": new} for row in self.rows if (new := moved[row["run"]]) is not None]
 
     def add(self, record: "RunRecord", rows: Sequence[dict[str, Any]]) -> None:
+        """Keep a record and the rows of its requests, and write the file again."""
         record = replace(record, part=self.part)
         self.records.append(record)
         self.rows += [{"label": record.label, "run": len(self.records) - 1} | row for row in rows]
         if not record.metrics.get("completed") and record.complete:
             reason = next(iter(record.errors), "none was sent")
-            self.error = KvqError(f"{record.name}: no request was completed: {reason}")
+            self.error = KvqError(
+                f"{record.name}: no request was completed: {reason}",
+                "mend what made them fail, and measure again",
+            )
         try:
             self.save([record.to_dict() for record in self.records], rescue=False)
         except KvqError as error:
@@ -86,6 +90,7 @@ class Session:
         return documents if self.as_list else documents[0]
 
     def save(self, documents: list[dict[str, Any]], *, rescue: bool = True) -> None:
+        """Write the output file, if there is one; `KvqError` where that fails."""
         if self.output:
             from kvq_core.bench.record import write_records
 
@@ -94,7 +99,7 @@ class Session:
     def finish(self) -> None:
         """Exit as it went: 130 after Ctrl-C, else with what went wrong."""
         if self.interrupted:
-            raise typer.Exit(130)
+            raise typer.Exit(INTERRUPTED)
         if self.error:
             raise self.error
 
@@ -132,6 +137,7 @@ def measure_policies(
         check_output(output)
     session = _open_session(output, as_list, resume)
     with console.progress(f"loading {model_name}"):
+        from kvq_core.cache.plan import check_head_dims
         from kvq_core.models import load_model
 
         model = load_model(
@@ -142,7 +148,8 @@ def measure_policies(
             need_tokenizer=plan.spec.needs_tokenizer,
             tp=config.tp,
         )
-    _check_codecs(model, policies)
+    for policy in policies:
+        check_head_dims(model.geometry, policy)
     works = [_work(plan.at(point), point is points[0], model, config, dataset) for point in points]
     if equal_batch:
         works = [replace(work, workload=work.workload.with_settings(mode="equal-batch")) for work in works]
@@ -247,16 +254,14 @@ def _take_up(
     repeats: int,
 ) -> EngineConfig:
     """Keep the records of an earlier invocation that are finished; the cache gets the memory it had then."""
+    from kvq_core.bench.record import without_folder
     from kvq_core.bench.sweep import take_up
 
     numbers = range(1, repeats + 1) if repeats > 1 else [None]
     resolved = [config.with_policy(policy).resolved_policy() for policy in policies]
     session.cells = [work.cell(policy, n) for n in numbers for policy in resolved for work in works]
-    described = model.describe()
-    identity = {
-        "name": Path(described["name"]).name if Path(described["name"]).is_absolute() else described["name"]
-    }
-    identity |= {key: described.get(key) for key in ("dtype", "load_format")}
+    described = without_folder(model.describe())
+    identity = {key: described.get(key) for key in ("name", "dtype", "load_format")}
     before = session.records
     session.keep(take_up(before, session.cells, identity))
     kept, cells = len(session.records), len(session.cells)
@@ -268,17 +273,6 @@ def _take_up(
             "the same memory makes cells comparable",
         )
     return config.replace(kv_memory=memory)
-
-
-def _check_codecs(model: "LoadedModel", policies: Sequence[Policy]) -> None:
-    """Refuse a policy that can't take the model's head dim before any of them is measured."""
-    from kvq_core.codecs import get_codec
-
-    for policy in policies:
-        own = policy.by_layer(model.geometry.num_layers)
-        for layer, codecs in zip(model.geometry.layers, own, strict=True):
-            get_codec(codecs.key).check_head_dim(layer.key_dim)
-            get_codec(codecs.value).check_head_dim(layer.value_dim)
 
 
 def _measure(

@@ -15,7 +15,7 @@ from kvq_cli.options import ENGINE_PANEL
 from kvq_core.bench.load import Load, Ramp
 from kvq_core.bench.metrics import parse_limits
 from kvq_core.bench.sweep import Point
-from kvq_core.bench.workload import NAMES, WorkloadSpec
+from kvq_core.bench.workload import NAMES, WARMUP_TOKENS, WorkloadSpec
 from kvq_core.errors import UsageError
 
 LOAD_PANEL = "Load"
@@ -114,7 +114,7 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
             "less comes in bursts, more is steadier.",
             metavar="B",
         ),
-        1.0,
+        Load.burstiness,
     ),
     "goodput": (
         _flag(
@@ -143,7 +143,7 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
             "how many tokens, follows from --seed.",
             metavar="SHARE",
         ),
-        0.0,
+        Load.cancel_rate,
     ),
     "num_prompts": (
         _count(
@@ -160,8 +160,8 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
     "warmup": (
         _count(
             "--num-warmups --warmup",
-            "Requests before the measured ones, stopped after 8 tokens; at least as many as are in flight, "
-            "so that nothing is measured the first time that it runs.",
+            f"Requests before the measured ones, stopped after {WARMUP_TOKENS} tokens; at least as many as "
+            "are in flight, so that nothing is measured the first time that it runs.",
             "as many as are in flight",
         ),
         None,
@@ -209,7 +209,7 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
     ),
     "output_len": (
         _flag(int, "--output-len", "Tokens of an answer (fixed), or their mean (random).", min=1),
-        128,
+        WorkloadSpec.output_len,
     ),
     "prefix_len": (
         _flag(int, "--prefix-len", "prefix: tokens that prompts share.", min=1),
@@ -226,7 +226,7 @@ LOAD_FLAGS: dict[str, tuple[Any, Any]] = {
             "random: lengths are uniform in mean * (1 - X) to mean * (1 + X).",
             metavar="X",
         ),
-        0.5,
+        WorkloadSpec.range_ratio,
     ),
     "max_num_seqs": (
         _count(

@@ -1,4 +1,4 @@
-"""Every flag once, as an annotated type, and `engine_options`, which gives a command all the engine's flags.
+"""The flags that commands share, as annotated types; `engine_options` gives a command all the engine's.
 
     @engine_options()
     def run(prompt: ..., model: Model = DEFAULT_MODEL, *, config: EngineConfig) -> None: ...
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvq_core.config import EngineConfig, SamplingParams
+from kvq_core.config import SERVING, EngineConfig, SamplingParams
 from kvq_core.errors import UsageError
 from kvq_core.policies import REGISTRY
 
@@ -86,32 +86,27 @@ def parse_fraction(text: str | float) -> float:
 
 
 def parse_dtype(text: str) -> str:
+    """The dtype's full name, from that or an abbreviation (`bf16`); `UsageError` for anything else."""
     if text.lower() not in DTYPES:
         raise UsageError(f"unknown dtype `{text}`", f"use one of {', '.join(sorted(set(DTYPES.values())))}")
     return DTYPES[text.lower()]
 
 
 def parse_device(text: str) -> str:
+    """The device as it was typed; `UsageError` where it can't be one."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise UsageError(f"unknown device `{text}`", "use `auto`, `cpu`, `cuda` or `cuda:N`")
     return text
 
 
-def parse_load_format(text: str) -> str:
-    if text not in ("auto", "dummy"):
-        raise UsageError(
-            f"unknown load format `{text}`",
-            "use `auto` (the checkpoint's weights) or `dummy` (random weights, for measuring speed)",
-        )
-    return text
-
-
 def complete_policy(incomplete: str) -> list[str]:
+    """Numbers and names of policies that begin so, for the shell."""
     names = [str(name) for p in REGISTRY for name in (p.number, p.name) if name is not None]
     return [name for name in names if name.startswith(incomplete)]
 
 
 def complete_model(incomplete: str) -> list[str]:
+    """Built-in models that begin so, for the shell."""
     from kvq_core.presets import PRESETS
 
     return [name for name in (DEFAULT_MODEL, *PRESETS) if name.startswith(incomplete)]
@@ -154,7 +149,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",  # named, because typer 0.27 takes a metavar that is the same word for the name
         help="Type of weights and activations, and of the cache under policy 0: auto, bfloat16, float16, "
-        "float32. `auto` takes the checkpoint's on a GPU, float32 on a CPU.",
+        "float32, float64. `auto` takes the checkpoint's on a GPU, float32 on a CPU.",
         parser=parse_dtype,
         metavar="DTYPE",
         rich_help_panel=MODEL_PANEL,
@@ -186,7 +181,6 @@ LoadFormat = Annotated[
     typer.Option(
         help="auto: the checkpoint's weights. dummy: random weights, which measures speed and memory of any "
         "config without a checkpoint.",
-        parser=parse_load_format,
         metavar="FORMAT",
         rich_help_panel=MODEL_PANEL,
     ),
@@ -248,7 +242,7 @@ KeyBias = Annotated[
     str,
     typer.Option(
         help="auto: where a model's keys have a large constant part (Qwen2), it stays out of the cache, "
-        "so that few bits do. off: quantize keys as they are.",
+        "so that few bits are enough. off: quantize keys as they are.",
         metavar="auto|off",
         rich_help_panel=CACHE_PANEL,
     ),
@@ -294,7 +288,8 @@ PrefillChunk = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        show_default="8192; for models with sliding windows 2048; with --prefix-caching 256",
+        show_default=f"{DEFAULTS.chunk(windowed=False)}; for models with sliding windows "
+        f"{DEFAULTS.chunk(windowed=True)}; with --prefix-caching {SERVING.chunk(windowed=False)}",
         help="Prompts are read in chunks of this many tokens, fewer far into a long one. "
         "A chunk sees itself unquantized.",
         rich_help_panel=ENGINE_PANEL,

@@ -13,7 +13,7 @@ import typer
 from kvq_cli import console
 from kvq_cli.benchmark import Session, replay
 from kvq_cli.load_options import ANYWHERE, LoadPlan
-from kvq_cli.options import DEFAULTS, ENGINE_FLAGS
+from kvq_cli.options import DEFAULTS, ENGINE_FLAGS, SERVER_PANEL, api_key_from
 from kvq_core.bench.sweep import Point
 from kvq_core.config import EngineConfig
 from kvq_core.errors import KvqError, UsageError
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from kvq_core.bench.run import Measurement
     from kvq_core.bench.workload import Workload
 
-SERVER_PANEL = "Server"
-APIS = ("completions", "chat")
 KEY_VARIABLE = "OPENAI_API_KEY"
 CLIENT_FLAGS = ("seed", "max_model_len")
 """Of the engine's flags those that also mean something to a client."""
 
 
 def parse_api(text: str) -> str:
+    """The name of an API; `UsageError` for one that is not known."""
+    from kvq_core.bench.http_target import APIS
+
     if text not in APIS:
         raise UsageError(f"unknown --api `{text}`", f"use one of {', '.join(APIS)}")
     return text
@@ -116,9 +117,7 @@ class Server:
 
 def find_server(base_url: str, api: str, served_model: str | None, api_key_env: str, **more: Any) -> Server:
     """The server of the flags; raises `UsageError` where the variable that was named is not set."""
-    key = os.environ.get(api_key_env)
-    if key is None and api_key_env != KEY_VARIABLE:
-        raise UsageError(f"--api-key-env {api_key_env}: no such environment variable", "export it first")
+    key = os.environ.get(KEY_VARIABLE) if api_key_env == KEY_VARIABLE else api_key_from(api_key_env)
     return Server(base_url, api, served_model, key, **more)
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from kvq_core.quality.text import Windows
 
 DEFAULT_POLICY = "42"
+DEFAULT_BUDGET = 1.1
+"""Of the policy's bytes per token."""
 
 
 def parse_budget(text: str | float) -> float | int:

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import typer
+from typing import TYPE_CHECKING
 
 from kvq_cli import console
 from kvq_core.config import EngineConfig
@@ -12,6 +10,7 @@ from kvq_core.errors import UsageError
 from kvq_core.policies import Policy
 
 if TYPE_CHECKING:
+    from kvq_core.bench.record import RunRecord
     from kvq_core.quality.tasks import TaskResult
 
 CPU_SAMPLES = 20
@@ -37,17 +36,14 @@ def score(
     num_fewshot: int | None,
     batch_size: int,
     context_len: int,
-    output: Path | None,
-    json: bool,
-) -> None:
-    """Score every policy on every task; one record a policy."""
+) -> tuple["TaskResult", list["RunRecord"]]:
+    """Score every policy on every task; one record a policy.
+
+    Ctrl-C is raised where not one policy was finished, and else gives incomplete records.
+    """
     from kvq_core.quality.tasks import check_names, evaluate_tasks
 
     check_names(names, folder)
-    if output:
-        from kvq_core.bench.record import check_output
-
-        check_output(output)
     with console.progress(f"loading {model}"):
         from kvq_core.models import load_model
 
@@ -70,9 +66,8 @@ def score(
         )
     if not result.rows:
         raise KeyboardInterrupt
-    from kvq_cli.commands.eval import describe_model
     from kvq_core.bench.env import collect_env
-    from kvq_core.bench.record import RunRecord, write_records
+    from kvq_core.bench.record import RunRecord, without_folder
 
     env = collect_env(seed=config.seed, device=str(loaded.device))
     workload = {
@@ -89,7 +84,7 @@ def score(
             label=row.policy.label,
             complete=result.complete,
             policy=row.policy.describe(),
-            model=describe_model(loaded),
+            model=without_folder(loaded.describe()),
             env=env,
             workload={**workload, "samples": row.samples, "scores": list(row.scores)},
             kv={"bits_per_element": row.bits_per_element},
@@ -102,20 +97,10 @@ def score(
         )
         for row in result.rows
     ]
-    documents: Any = [record.to_dict() for record in records]
-    documents = documents if len(documents) > 1 else documents[0]
-    if json:
-        console.emit_json(documents)
-    else:
-        _emit(result)
-    if output:
-        write_records(output, documents)
-        console.say(f"wrote {output}")
-    if not result.complete:
-        raise typer.Exit(130)
+    return result, records
 
 
-def _emit(result: "TaskResult") -> None:
+def emit_scores(result: "TaskResult") -> None:
     """A row a policy, a column a score, each with its standard error."""
     from kvq_core.bench.scores import score_text
 

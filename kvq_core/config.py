@@ -35,13 +35,13 @@ class EngineConfig:
     layers: tuple[str, ...] = ()
     """Layers with codecs of their own, each `LAYERS=POLICY`: `0,1,-2,-1=8`."""
     key_bias: str = "auto"
-    """auto | off: leave a large constant part of the keys (as Qwen2's bias makes it) out of the cache."""
+    """auto (leave a large constant part of the keys, such as Qwen2's bias, out of the cache) | off"""
     dtype: str = "auto"
     """auto | bfloat16 | float16 | float32 | float64"""
     device: str = "auto"
     """auto | cpu | cuda | cuda:N"""
     load_format: str = "auto"
-    """auto | dummy (random weights, for measuring speed without a checkpoint)"""
+    """auto (the checkpoint's weights) | dummy (random ones, for measuring speed without a checkpoint)"""
     tp: int = 1
     """Processes that hold a shard of the model and of the cache each; on GPUs, one each."""
     page_size: int = 64
@@ -56,10 +56,11 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Requests that run at the same time."""
     max_num_batched_tokens: int | None = None
-    """Tokens one step may carry; None: max_num_seqs and a chunk, on a GPU 4 of them (2,048 to 8,192)."""
+    """Tokens one step may carry; None: one for each of `max_num_seqs`, and a chunk; on a GPU four chunks, but
+    no fewer than 2,048 tokens, and no more than 8,192 or one chunk."""
     prefill_chunk: int | None = None
     """Prompts are processed in chunks of this many tokens, counted from the prompt's start; far into a long
-    one of half as many, a quarter and so on. None: see `chunk`."""
+    prompt, chunks are half as long, then a quarter, and so on. None: see `chunk`."""
     prefix_caching: bool = False
     """Keep the whole chunks of prompts for prompts that begin alike; tokens are the same."""
     max_model_len: int | None = None
@@ -81,10 +82,9 @@ class EngineConfig:
         for name in least_one:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.key_bias not in ("auto", "off"):
-            raise UsageError(f"key_bias must be auto or off, got {self.key_bias}")
-        if self.load_format not in ("auto", "dummy"):
-            raise UsageError(f"load_format must be auto or dummy, got {self.load_format}")
+        for name, known in (("key_bias", ("auto", "off")), ("load_format", ("auto", "dummy"))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)}")
         if self.page_size % 16:
             raise UsageError(f"page_size must be a multiple of 16, got {self.page_size}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -94,6 +94,7 @@ def download(folder: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
+    """Hexadecimal checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

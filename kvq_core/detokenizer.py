@@ -33,9 +33,8 @@ class Detokenizer:
         if self._tokenizer is None:
             return ""
         text = ""
-        for (
-            token
-        ) in token_ids:  # one by one, so that a stop string is found at the same token in any batching
+        # One by one, so that a stop string is found at the same token in any batching.
+        for token in token_ids:
             if self.stopped:
                 break
             self._ids.append(token)

@@ -1,4 +1,7 @@
-"""The one exception type that users see."""
+"""The one exception type that users see, and the exit codes of the command line."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 class KvqError(Exception):

@@ -37,55 +37,43 @@ def _llama2(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str
     }
 
 
+def _qwen3(hidden: int, intermediate: int, layers: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": _rope(1e6),
+        "use_sliding_window": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "dtype": "bfloat16",
+    }
+
+
 PRESETS: dict[str, Preset] = {
     "qwen3-30b-a3b": Preset(
         "Qwen/Qwen3-30B-A3B",
-        {
+        _qwen3(hidden=2048, intermediate=6144, layers=48, kv_heads=4)
+        | {
             "model_type": "qwen3_moe",
             "architectures": ["Qwen3MoeForCausalLM"],
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
             "moe_intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
-            "vocab_size": 151936,
-            "max_position_embeddings": 40960,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": _rope(1e6),
-            "use_sliding_window": False,
-            "bos_token_id": 151643,
-            "eos_token_id": 151645,
-            "dtype": "bfloat16",
         },
     ),
-    "qwen3-8b": Preset(
-        "Qwen/Qwen3-8B",
-        {
-            "model_type": "qwen3",
-            "architectures": ["Qwen3ForCausalLM"],
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "max_position_embeddings": 40960,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": _rope(1e6),
-            "use_sliding_window": False,
-            "bos_token_id": 151643,
-            "eos_token_id": 151645,
-            "dtype": "bfloat16",
-        },
-    ),
+    "qwen3-8b": Preset("Qwen/Qwen3-8B", _qwen3(hidden=4096, intermediate=12288, layers=36, kv_heads=8)),
     "llama-2-7b": Preset(
         "meta-llama/Llama-2-7b-hf",
         _llama2(hidden=4096, intermediate=11008, layers=32, heads=32),

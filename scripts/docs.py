@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Writes docs/: a page for each command from the command line itself, and generated parts of other pages.
+"""Write docs/: a page for each command from the command line itself, and the generated parts of other pages.
 
 `--check` only says whether they are current. A generated part lies between `<!-- generated: NAME -->` and
 `<!-- /generated -->`, as in README.md.
 """
 
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -13,13 +14,13 @@ from typing import Any, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import typer
-from readme import render
 
 from kvq_cli.app import app
 from kvq_core.bench.advice import Limits, advise, read_quality
 from kvq_core.bench.compare import compare_records
 from kvq_core.bench.record import read_records
 from kvq_core.bench.report import markdown, number
+from readme import render
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -28,7 +29,8 @@ RECORDS = ROOT / "results" / "h200_qwen3-30b-a3b_headline640_c64.json"
 SWEEP = ROOT / "results" / "sweeps" / "h200_qwen3-8b_sweep.json"
 QUALITY = ROOT / "results" / "quality" / "wikitext2_test_1024.json"
 
-
+CODE = re.compile(r"(\S+=\S+ |.*\| )?kvq ")
+"""A line of an example: `kvq …`, with a variable before it, or with something piped into it."""
 VALUES = {int: "INTEGER", float: "FLOAT", Path: "PATH"}
 """What stands for a value where a flag has no word of its own."""
 
@@ -54,7 +56,7 @@ def command_page(name: str, command: Any) -> str:
     blocks = []
     for block in text.split("\n\n"):
         lines = block.splitlines()
-        is_code = all(line.startswith(("kvq ", "echo ", "curl ", "cat ")) for line in lines)
+        is_code = all(CODE.match(line) for line in lines)
         is_list = len(lines) > 1 and all(": " in line for line in lines)
         blocks.append(
             "```bash\n" + block + "\n```"

@@ -33,9 +33,7 @@ from kvq_cli.options import (
     sampling_params,
 )
 from kvq_core.config import SERVING, EngineConfig, SamplingParams
-from kvq_core.errors import KvqError, UsageError
-
-INTERRUPTED = 130
+from kvq_core.errors import INTERRUPTED, KvqError, UsageError
 
 if TYPE_CHECKING:
     from kvq_core.pipeline import Pipeline, Response

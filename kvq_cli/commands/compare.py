@@ -33,6 +33,7 @@ EQUAL_MEMORY, EQUAL_BATCH = "equal-memory", "equal-batch"
 
 
 def parse_mode(text: str) -> str:
+    """The value of --mode; `UsageError` for an unknown one."""
     if text not in (EQUAL_MEMORY, EQUAL_BATCH):
         raise UsageError(f"unknown --mode `{text}`", f"use {EQUAL_MEMORY} or {EQUAL_BATCH}")
     return text
@@ -338,7 +339,7 @@ def _check_baseline(baseline: str | None, policies: list[Policy], config: Engine
 compare.__doc__ = f"""Put policies side by side: throughput, latency, memory, and changes against a baseline.
 
 With --policies, one model load serves all of them: the same requests, one policy after another, with the same
-memory for the cache. With files, compares runs of earlier, on any machine.
+memory for the cache. With files, compares earlier runs, made on any machine.
 
 kvq compare --policies 0,8,4,42
 kvq compare --policies 0,42 --model Qwen/Qwen3-8B --concurrency 128 --kv-memory 16GiB --output runs.json

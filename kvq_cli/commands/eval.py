@@ -1,5 +1,6 @@
 """`kvq eval`: what a policy does to a model's predictions."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,14 +17,21 @@ from kvq_cli.options import (
     engine_options,
     parse_fraction,
 )
-from kvq_cli.sensitivity import DEFAULT_POLICY, only_policy, parse_budget, propose_layers, show_ranking
-from kvq_cli.tasks import CPU_SAMPLES, parse_tasks, score
+from kvq_cli.sensitivity import (
+    DEFAULT_BUDGET,
+    DEFAULT_POLICY,
+    only_policy,
+    parse_budget,
+    propose_layers,
+    show_ranking,
+)
+from kvq_cli.tasks import CPU_SAMPLES, emit_scores, parse_tasks, score
+from kvq_core.bench.record import RunRecord, check_output, without_folder, write_records
 from kvq_core.config import EngineConfig
-from kvq_core.errors import CheckFailed, UsageError
+from kvq_core.errors import INTERRUPTED, CheckFailed, UsageError
 from kvq_core.policies import parse_policies
 
 if TYPE_CHECKING:
-    from kvq_core.bench.record import RunRecord
     from kvq_core.models import LoadedModel
     from kvq_core.quality.perplexity import Result, Row
     from kvq_core.quality.text import Windows
@@ -91,7 +99,7 @@ def eval(
             metavar="SIZE",
             help="For --sensitivity: bytes per token, all layers: a multiple of the policy's, `1.1x`, or a "
             "number, as `20000` or `20KiB`.",
-            show_default="1.1x",
+            show_default=f"{DEFAULT_BUDGET}x",
             rich_help_panel=LAYERS_PANEL,
         ),
     ] = None,
@@ -164,13 +172,14 @@ def eval(
     stays the same. bits: codes, metadata and unquantized tokens, per element
     of a request as long as a window.
 
-    On a CPU, float32 models are computed in float64: codes that lie near an
-    edge fall to either side by the order of a sum, and of two float32 runs,
-    equally right, the KL of a 3-bit policy differs by 2 or 3%.
+    On a CPU, float32 models are computed in float64. In float32 the order of
+    a sum decides on which side of an edge between two codes a number falls,
+    and two runs that are equally right differ by 2 or 3% in the KL of a 3-bit
+    policy.
 
     Tasks are run by lm-evaluation-harness: log-likelihoods with every key and
-    value read back, generation through the engine. With policy none they are
-    those of its own Hugging Face backend. Scores come with standard errors.
+    value read back, generation through the engine. With policy none, scores are
+    those of its own Hugging Face backend. They come with standard errors.
 
     kvq eval --policies none,int8,42 --dataset-path book.txt --context-len 2048
     kvq eval --policies 42 --sink 4 --recent 128 --max-kl 0.02
@@ -190,8 +199,11 @@ def eval(
     start = only_policy(chosen) if sensitivity else None
     if tasks is not None:
         _refuse_with_tasks(dataset_path, through_engine, max_kl, max_ppl_increase)
-        score(
-            parse_tasks(tasks),
+        names = parse_tasks(tasks)
+        if output:
+            check_output(output)
+        scored, records = score(
+            names,
             chosen,
             model,
             config,
@@ -200,9 +212,8 @@ def eval(
             num_fewshot=num_fewshot,
             batch_size=batch_size,
             context_len=context_len,
-            output=output,
-            json=json,
         )
+        _report(records, lambda: emit_scores(scored), output, json)
         return
     for flag, given in (("--tasks-path", tasks_path), ("--num-fewshot", num_fewshot)):
         if given is not None:
@@ -211,8 +222,6 @@ def eval(
 
     text, name = (read_text(dataset_path), dataset_path.name) if dataset_path else sample_text()
     if output:
-        from kvq_core.bench.record import check_output
-
         check_output(output)
     with console.progress(f"loading {model}"):
         from kvq_core.quality.perplexity import evaluate, load_for_evaluation
@@ -227,7 +236,8 @@ def eval(
     console.say(f"{name}: {count} of {windows.available} windows of {context_len} tokens")
     found = None
     if start is not None:
-        found = propose_layers(loaded, windows, start, 1.1 if budget is None else budget, config.key_bias)
+        budget = DEFAULT_BUDGET if budget is None else budget
+        found = propose_layers(loaded, windows, start, budget, config.key_bias)
         chosen = list(dict.fromkeys((start, found[1].policy)))
     with console.progress(f"measuring {len(chosen)} policies") as update:
         result = evaluate(
@@ -247,9 +257,7 @@ def eval(
         records[-1].kv["sensitivity"] = describe(*found)
         if not json:
             show_ranking(*found, start)
-    _report(records, result, output, json)
-    if not result.complete:
-        raise typer.Exit(130)
+    _report(records, lambda: _emit(result), output, json)
     _check(result, max_kl, max_ppl_increase)
 
 
@@ -260,20 +268,28 @@ def _refuse_with_tasks(dataset_path: Path | None, *others: object) -> None:
             raise UsageError(f"{flag} is about a text, and --tasks measures none", "run `kvq eval` twice")
 
 
-def _report(records: list["RunRecord"], result: "Result", output: Path | None, json: bool) -> None:
+def _report(
+    records: list[RunRecord], emit_table: Callable[[], None], output: Path | None, json: bool
+) -> None:
+    """Records as JSON or as a table, and in a file; exits where they are incomplete, after Ctrl-C."""
     documents: Any = [record.to_dict() for record in records]
     documents = documents if len(documents) > 1 else documents[0]
     if json:
         console.emit_json(documents)
     else:
-        title = "quality" if result.complete else f"quality (interrupted after {result.windows} windows)"
-        columns = ["policy", "bits", "ppl", "change", "KL", "KL median", "KL p99", "top-1"]
-        console.emit_table(title, columns, [_cells(row, result) for row in result.rows])
+        emit_table()
     if output:
-        from kvq_core.bench.record import write_records
-
         write_records(output, documents)
         console.say(f"wrote {output}")
+    if not all(record.complete for record in records):
+        raise typer.Exit(INTERRUPTED)
+
+
+def _emit(result: "Result") -> None:
+    """A row a policy."""
+    title = "quality" if result.complete else f"quality (interrupted after {result.windows} windows)"
+    columns = ["policy", "bits", "ppl", "change", "KL", "KL median", "KL p99", "top-1"]
+    console.emit_table(title, columns, [_cells(row, result) for row in result.rows])
 
 
 def _cells(row: "Row", result: "Result") -> list[str]:
@@ -292,10 +308,9 @@ def _cells(row: "Row", result: "Result") -> list[str]:
 
 def _records(
     model: "LoadedModel", windows: "Windows", result: "Result", config: EngineConfig, through_engine: bool
-) -> list["RunRecord"]:
+) -> list[RunRecord]:
     """A run record for each policy, with the figures at its top level."""
     from kvq_core.bench.env import collect_env
-    from kvq_core.bench.record import RunRecord
 
     env = collect_env(seed=config.seed, device=str(model.device))
     workload = windows.describe() | {
@@ -303,7 +318,7 @@ def _records(
         "windows": result.windows,
         "read_back": "by decoding through the engine" if through_engine else "in one forward a window",
     }
-    described = describe_model(model)
+    described = without_folder(model.describe())
     return [
         RunRecord(
             label=row.policy.label,
@@ -323,14 +338,6 @@ def _records(
         )
         for row in result.rows
     ]
-
-
-def describe_model(model: "LoadedModel") -> dict[str, Any]:
-    """The model of a record; of a folder the last part of its name."""
-    described = model.describe()
-    if Path(described["name"]).exists():
-        described["name"] = Path(described["name"]).name
-    return described
 
 
 def _check(result: "Result", max_kl: float | None, max_ppl_increase: float | None) -> None:

@@ -145,11 +145,10 @@ def _capacity(
     """
     import torch
 
-    from kvq_core.cache.plan import page_layout, plan_cache
+    from kvq_core.cache.plan import check_head_dims, plan_cache
 
     try:
-        for layer, own in zip(geometry.layers, policy.by_layer(geometry.num_layers), strict=True):
-            page_layout(layer, own, page_size, torch.bfloat16)
+        check_head_dims(geometry, policy)
     except KvqError as error:
         return {"problem": error.message}
     try:

@@ -181,6 +181,7 @@ def as_messages(pipe: "Pipeline", texts: list[str], chat: bool | None, system: s
 
 
 def has_chat_template(pipe: "Pipeline") -> bool:
+    """Whether the model's tokenizer can turn messages into a prompt."""
     return bool(getattr(pipe.model.tokenizer, "chat_template", None))
 
 
@@ -233,6 +234,7 @@ class Answers:
                 self._announce()
 
     def summary(self, config: EngineConfig) -> str:
+        """One line: tokens, seconds, speed, policy."""
         tokens = sum(map(len, self.token_ids))
         return (
             f"{tokens} tokens in {self.seconds:.1f} s, {tokens / max(self.seconds, 1e-9):.1f} tokens/s, "
@@ -240,6 +242,7 @@ class Answers:
         )
 
     def document(self, model: str, config: EngineConfig) -> dict[str, Any]:
+        """The JSON document of `--json`."""
         policy = config.resolved_policy()
         return {
             "complete": all(self.finish_reasons),

@@ -53,7 +53,7 @@ def serve(
             parser=parse_size,
             metavar="SIZE",
             help="Largest body of a request, as `16MiB`; larger ones are answered with status 413.",
-            show_default="16MiB",
+            show_default=f"{DEFAULTS.max_body >> 20}MiB",
             rich_help_panel=SERVER_PANEL,
         ),
     ] = DEFAULTS.max_body,

@@ -13,8 +13,7 @@ from kvq_core.errors import KvqError
 
 TIE = 0.02
 """Speeds that differ by less than this share are equal; memory decides."""
-
-_SPEED = "output_throughput"
+SPEED = "output_throughput"
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,13 @@ def advise(comparison: Comparison, quality: Quality | None, limits: Limits) -> l
 
 
 def quality_warnings(comparison: Comparison, quality: Quality) -> list[str]:
+    """A warning where quality was measured on another model than speed."""
     other = quality.models - {str(record.model.get("name")) for record in comparison.records}
     return [f"quality was measured on another model: {', '.join(sorted(other))}"] * bool(other)
 
 
 def _ruled_out(record: RunRecord, quality: Quality | None, limits: Limits) -> str | None:
-    """Why a record keeps the limits not; None where it does."""
+    """Which limit a record breaks; None where it keeps them all."""
     if not record.metrics.get("completed"):
         return "no request was completed"
     if limits.max_kl is not None:
@@ -129,11 +129,11 @@ def _most_load(comparison: Comparison, quality: Quality | None, limits: Limits) 
     best: dict[int | None, int] = {}
     for i, record in enumerate(comparison.records):
         known = best.get(record.context)
-        more = known is None or (record.get(_SPEED) or 0) > (comparison.records[known].get(_SPEED) or 0)
+        more = known is None or (record.get(SPEED) or 0) > (comparison.records[known].get(SPEED) or 0)
         if _ruled_out(record, quality, limits) is None and more:
             best[record.context] = i
     return [
-        f"most within {limits}: {comparison.names[i]} with {number(comparison.records[i].get(_SPEED))} "
+        f"most within {limits}: {comparison.names[i]} with {number(comparison.records[i].get(SPEED))} "
         "output tok/s"
         for i in best.values()
     ]
@@ -147,7 +147,7 @@ def _best(comparison: Comparison, rows: Sequence[int]) -> tuple[int, str]:
         capacity = number(records[roomiest].get("capacity_tokens"))
         return roomiest, f"which holds most tokens, {capacity} (speeds on a CPU say nothing about a GPU),"
     asked = any(records[i].get("request_goodput") is not None for i in rows)
-    key, unit = ("request_goodput", "good requests/s") if asked else ("output_throughput", "output tok/s")
+    key, unit = ("request_goodput", "good requests/s") if asked else (SPEED, "output tok/s")
     fastest = max(rows, key=lambda i: records[i].get(key) or 0)
     best = records[fastest].get(key) or 0
     tied = [i for i in rows if (records[i].get(key) or 0) >= best * (1 - TIE)]
@@ -165,7 +165,7 @@ def _break_even(comparison: Comparison, i: int) -> list[str]:
     policy goes on, and tokens per second grow with the requests in flight.
     """
     record, base = comparison.records[i], comparison.baselines[i]
-    change = comparison.change(i, "output_throughput")
+    change = comparison.change(i, SPEED)
     if (
         comparison.is_baseline(i)
         or change is None

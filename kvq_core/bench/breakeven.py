@@ -26,6 +26,7 @@ class Curve:
 
     @property
     def wins(self) -> list[bool]:
+        """Whether it is quicker at each load, by more than chance."""
         return [change - 1 > max(noise, NOTHING) for _, change, noise in self.points]
 
     @property
@@ -50,6 +51,7 @@ class Curve:
 
     @property
     def verdict(self) -> str:
+        """From how many requests at a time on it pays, for a table."""
         found = self.from_concurrency
         if found is None:
             return f"not up to {self.points[-1][0]}"
@@ -58,6 +60,7 @@ class Curve:
 
     @property
     def sentence(self) -> str:
+        """The same as a sentence."""
         if self.from_concurrency is None:
             shown = ", ".join(f"{change - 1:+.1%} at {at}" for at, change, _ in self.points)
             return f"break-even: {self.name} does not beat {self.baseline} with {self._requests} ({shown})"

@@ -33,6 +33,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
+    """One axis of a chart: its title, and how it is scaled."""
+
     title: str
     log: bool = False
     zero: bool = True
@@ -51,6 +53,7 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
+        """The pixel of a value."""
         low, high = self._at(self.low), self._at(self.high)
         return self.start + (self._at(value) - low) / (high - low) * (self.end - self.start)
 
@@ -58,6 +61,7 @@ class Scale:
         return math.log10(max(value, 1e-12)) if self.log else value
 
     def ticks(self) -> list[float]:
+        """Values that get a tick."""
         if not self.log:
             return self._even(5)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)

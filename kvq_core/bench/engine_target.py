@@ -89,5 +89,7 @@ class EngineTarget:
         if isinstance(prompt, list):
             return prompt
         if self.engine.model.tokenizer is None:
-            raise KvqError("the model has no tokenizer, and the workload's prompts are text")
+            raise KvqError(
+                "the model has no tokenizer, and the workload's prompts are text", "give prompts as token ids"
+            )
         return self.engine.model.tokenizer(prompt).input_ids

@@ -52,6 +52,7 @@ def _shorten(argument: str) -> str:
 
 
 def kvq_version() -> str | None:
+    """The version of the installed package, else that of the source tree."""
     return _version(DISTRIBUTION) or _version_of_source_tree()
 
 
@@ -105,6 +106,7 @@ def gpu_state(device: str) -> tuple[str | None, str | None]:
 
 
 def cpu_name() -> str | None:
+    """The processor's name, where the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
             if line.startswith("model name"):

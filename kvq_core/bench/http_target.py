@@ -21,6 +21,8 @@ REASON_LENGTH = 160
 
 
 class Tokenizer(Protocol):
+    """What is needed of a transformers tokenizer: to count the tokens of an answer."""
+
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]: ...
 
 
@@ -73,7 +75,7 @@ class HttpTarget:
     def send(self, request: BenchRequest, asked: float | None = None) -> None:
         """`asked`: when the request was to be sent, where that was in another process."""
         if self.api == "chat" and not isinstance(request.prompt, str):
-            raise KvqError("the chat API takes text, and the prompt is token ids")
+            raise KvqError("the chat API takes text, and the prompt is token ids", "use `--api completions`")
         answer = self._answers[request.index] = _Answer(request)
         self._client.post(request.index, self._path, json.dumps(self._body(request)).encode())
         if asked is not None:
@@ -245,6 +247,7 @@ def prefix_hit_rate(cached: CachedTokens) -> dict[str, Any]:
 
 
 def authorization(key: str | None) -> dict[str, str]:
+    """The header that carries a key; none without one."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

@@ -42,6 +42,7 @@ class Ramp:
         return cls(match[1], float(match[2]), float(match[3]))
 
     def rates(self, count: int) -> list[float]:
+        """Requests per second at each of `count` requests."""
         shares = [i / max(1, count - 1) for i in range(count)]
         if self.shape == "linear":
             return [self.start + (self.end - self.start) * share for share in shares]
@@ -234,7 +235,10 @@ def run_load(
                     free.append(event.time)
                     ended += 1
             if not events and running and clock() - last > stall_timeout:
-                raise KvqError(f"nothing happened for {stall_timeout:.0f} s; the target seems to hang")
+                raise KvqError(
+                    f"nothing happened for {stall_timeout:.0f} s; the target seems to hang",
+                    "its log may say why; what was measured until then is kept",
+                )
             if events and progress:
                 progress(ended, tokens)
     except KeyboardInterrupt:

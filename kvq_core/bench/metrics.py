@@ -42,7 +42,7 @@ def parse_limits(texts: Iterable[str], flag: str = "--goodput") -> dict[str, flo
                 f"NAME:MILLISECONDS with a name of {', '.join(LIMITED)}, as in `{flag} ttft:500 tpot:50`",
             )
         if match[1] in limits:
-            raise UsageError(f"{flag} limits {match[1]} twice")
+            raise UsageError(f"{flag} limits {match[1]} twice", "give each latency one limit")
         limits[match[1]] = float(match[2])
     return limits
 
@@ -107,6 +107,7 @@ def _meets(trace: RequestTrace, limits: Mapping[str, float]) -> bool:
 
 
 def rate(count: int, duration: float) -> float:
+    """`count` per second; 0 where no time has passed."""
     return count / duration if duration > 0 else 0.0
 
 

@@ -39,6 +39,15 @@ def scheme_of(policy: Mapping[str, Any]) -> tuple[Any, ...]:
     return policy.get("key"), policy.get("value"), *window, *(policy.get("layers") or ())
 
 
+def without_folder(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` of a record: a folder or file is named by the last part of its path alone.
+
+    So a record tells nothing of a disk, and every command calls the same model the same.
+    """
+    path = Path(str(model.get("name", ""))).expanduser()
+    return dict(model) | ({"name": path.name} if path.is_absolute() or path.exists() else {})
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """What one benchmark run measured, and under what conditions.
@@ -109,6 +118,7 @@ class RunRecord:
         return self.metrics.get(key, self.kv.get(key))
 
     def to_dict(self) -> dict[str, Any]:
+        """The record as a JSON object."""
         document: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "complete": self.complete,
@@ -198,6 +208,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
+    """A file's bytes; `KvqError` where it is missing or can't be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -207,6 +218,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_json(data: bytes, path: Path) -> Any:
+    """The JSON document in `data`; `KvqError` that names `path` and the place where it is wrong."""
     if not data.strip():
         raise KvqError(f"{path} is empty", "a download or run that was cut off? Get the file again")
     try:
@@ -228,7 +240,9 @@ def parse_json(data: bytes, path: Path) -> Any:
             else "it must hold one JSON document",
         ) from error
     except RecursionError as error:
-        raise KvqError(f"{path} is nested too deeply for JSON data") from error
+        raise KvqError(
+            f"{path} is nested too deeply for JSON data", "it holds no data that kvq reads; check the path"
+        ) from error
 
 
 def requests_path(path: Path) -> Path:

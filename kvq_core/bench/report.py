@@ -35,6 +35,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
+    """A table, whatever it is shown in."""
+
     title: str
     columns: list[str]
     """A line break in a heading separates the unit."""
@@ -243,6 +245,7 @@ def notes(records: Sequence[RunRecord]) -> list[str]:
 
 
 def comparison_notes(comparison: Comparison) -> list[str]:
+    """What stands under the tables of a comparison."""
     baselines = dict.fromkeys(
         comparison.names[i] for i in range(len(comparison.records)) if comparison.is_baseline(i)
     )
@@ -374,4 +377,5 @@ def frame(comparison: Comparison) -> "DataFrame":
 
 
 def csv(comparison: Comparison) -> str:
+    """A line a record, with every figure: `frame` as CSV."""
     return frame(comparison).to_csv(index=False).rstrip("\n")

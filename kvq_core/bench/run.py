@@ -1,15 +1,13 @@
 """One measurement: warm up, replay the workload, make the record."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kvq_core.bench.load import Load, LoadResult, Progress, run_load
 from kvq_core.bench.metrics import percentile, quantiles, summarize
-from kvq_core.bench.record import RunRecord
+from kvq_core.bench.record import RunRecord, without_folder
 from kvq_core.bench.target import BenchRequest, Target
 from kvq_core.bench.workload import Workload
 from kvq_core.errors import KvqError
@@ -71,7 +69,7 @@ def measure(
         label=label or info.policy.get("label") or info.policy.get("name", "?"),
         complete=result.complete,
         policy=dict(info.policy),
-        model=_without_folder(info.model),
+        model=without_folder(info.model),
         env=env,
         engine=dict(info.engine),
         workload=describe_work(workload, load, limits),
@@ -106,13 +104,10 @@ def _warm_up(
     if result.error:
         raise result.error
     if result.traces and not any(trace.succeeded for trace in result.traces):
-        raise KvqError(f"all {len(result.traces)} warm-up requests failed: {result.traces[0].error}")
-
-
-def _without_folder(model: dict[str, Any]) -> dict[str, Any]:
-    """A model that lies in a folder is named by the folder alone: a record tells nothing of a disk."""
-    name = str(model.get("name", ""))
-    return model | ({"name": Path(name).name} if os.path.isabs(name) else {})
+        raise KvqError(
+            f"all {len(result.traces)} warm-up requests failed: {result.traces[0].error}",
+            "nothing was measured; what refused them says why, and a server's log may say more",
+        )
 
 
 def _kv_stats(target: Target, result: LoadResult) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Cell:
     repeat: int | None
 
     def matches(self, record: RunRecord) -> bool:
+        """Whether the record is a measurement of this cell."""
         return (
             record.scheme == self.scheme
             and record.repeat == self.repeat

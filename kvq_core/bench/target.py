@@ -62,6 +62,8 @@ class Usage:
 
 
 class Target(Protocol):
+    """What `run_load` drives. Times are those of `time.perf_counter`."""
+
     def info(self) -> TargetInfo: ...
 
     def send(self, request: BenchRequest) -> None:

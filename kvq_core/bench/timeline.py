@@ -23,6 +23,7 @@ class Timeline:
         return not self.samples or now - self.samples[-1][0] >= self.interval
 
     def add(self, now: float, in_flight: int, usage: Usage | None) -> None:
+        """Keep a sample; beyond `MOST`, thin out all of them."""
         self.samples.append((now, in_flight, usage))
         if len(self.samples) > MOST:
             self.samples, self.interval = self.samples[::2], self.interval * 2

@@ -33,10 +33,12 @@ class RequestTrace:
 
     @property
     def tokens(self) -> int:
+        """Tokens of the answer: as the target counted them, else those that arrived."""
         return sum(count for _, count in self.arrivals) if self.counted is None else self.counted
 
     @property
     def status(self) -> str:
+        """`ok`, `failed`, `cancelled` or `unfinished`."""
         if self.ended is None:
             return "unfinished"
         return "failed" if self.error is not None else "cancelled" if self.cancelled else "ok"

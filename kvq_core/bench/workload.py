@@ -120,6 +120,7 @@ class Workload:
         return replace(self, settings=self.settings | settings)
 
     def describe(self) -> dict[str, Any]:
+        """The `workload` of a run record."""
         inputs = [request.input_len for request in self.requests]
         outputs = [request.output_len for request in self.requests]
         return {
@@ -190,6 +191,7 @@ def make_workload(
 
 
 def read_lengths(path: Path) -> Dataset:
+    """The [input, output] pairs of a JSON file; `KvqError` that names the first wrong one."""
     data = read_bytes(path)
     pairs = _check_pairs(parse_json(data, path), path)
     return Dataset(path.name, hashlib.sha256(data).hexdigest(), pairs)

@@ -15,6 +15,7 @@ from kvq_core.cache.prefix import CachedChunk, PrefixCache
 
 
 def pages_for(tokens: int, page_size: int) -> int:
+    """Pages that hold so many tokens."""
     return -(-tokens // page_size)
 
 
@@ -48,6 +49,7 @@ class BlockAllocator:
 
     @property
     def num_idle(self) -> int:
+        """Pages that only cached chunks hold."""
         return self.num_available - len(self._free)
 
     def is_used(self, page: int) -> bool:

@@ -75,15 +75,21 @@ class CachePlan:
         return 16 / self.bits_per_element
 
 
+def check_head_dims(geometry: ModelGeometry, policy: Policy) -> None:
+    """`KvqError` where a codec of the policy can't take a head dim of the model."""
+    for layer, own in zip(geometry.layers, policy.by_layer(geometry.num_layers), strict=True):
+        get_codec(own.key).check_head_dim(layer.key_dim)
+        get_codec(own.value).check_head_dim(layer.value_dim)
+
+
 def page_layout(layer: LayerGeometry, policy: Policy, page_size: int, dtype: torch.dtype) -> PageLayout:
-    """The layout of one layer's pages; raises `KvqError` where a codec can't take the head dim."""
+    """The layout of one layer's pages."""
     key, value = get_codec(policy.key), get_codec(policy.value)
-    key.check_head_dim(layer.key_dim)
-    value.check_head_dim(layer.value_dim)
     return PageLayout(key, value, page_size, layer.num_kv_heads, layer.key_dim, layer.value_dim, dtype)
 
 
 def raw_bytes_per_request(geometry: ModelGeometry, policy: Policy, dtype: torch.dtype) -> int:
+    """Bytes of the sink and recent tokens of one request, in the model's dtype."""
     numbers = sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in geometry.layers)
     return (policy.sink + policy.recent) * numbers * dtype.itemsize
 
@@ -104,8 +110,9 @@ def plan_cache(
     Layers without a window need pages for every token, layers with one only for the window and a chunk of
     each running request; so the windowed groups get the pages that `max_num_seqs` requests can use at most,
     and never more than the unwindowed ones, and the rest is capacity.
-    Raises `KvqError` where not even one short request fits.
+    Raises `KvqError` where not even one short request fits, or a codec can't take the head dim.
     """
+    check_head_dims(geometry, policy)
     members: dict[tuple[int, PageLayout], list[int]] = {}
     own = policy.by_layer(len(geometry.layers))
     for index, layer in enumerate(geometry.layers):

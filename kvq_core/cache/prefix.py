@@ -68,6 +68,7 @@ class PrefixCache:
         return found
 
     def add(self, chunk: CachedChunk) -> None:
+        """Keep a chunk whose parent is kept already."""
         assert chunk.parent is None or chunk.parent.key in self._chunks
         self._chunks[chunk.key] = chunk
         self.touch(chunk)

@@ -31,11 +31,11 @@ MEMORY = 256
 ENOUGH = 8
 """Sampled steps before anything is called a jump."""
 JUMP = 3.0
-"""An error of the pages of more than so many medians is a jump,"""
+"""An error of the pages of more than this many running medians is a jump …"""
 FLOOR = 0.02
-"""unless it is below this: rounding jumps, too."""
+"""… unless it is smaller than this: rounding makes small errors jump as well."""
 LARGEST = 1e6
-"""The error of an output that is no number."""
+"""What counts as the error of an output that is not a number."""
 log = logging.getLogger("kvq")
 
 

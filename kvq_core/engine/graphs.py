@@ -12,9 +12,13 @@ MOST_CHUNKS = 16
 """Prompt chunks in a captured step; steps with more run eagerly."""
 MOST_TOKENS = 2048
 """Tokens of a captured step with chunks; beyond that the launches hide behind the work anyway."""
+ANY = 1 << 30
+"""Bounds the longest history and context of any step: the real ones are not known at capture."""
 
 
 class Forward(Protocol):
+    """`ModelRunner._forward`: the logits of a step's inputs."""
+
     def __call__(
         self, inputs: StepInputs, max_chunk: int, max_history: int, max_context: int, *, padded: bool
     ) -> Tensor: ...
@@ -120,6 +124,4 @@ class StepGraphs:
         return packed
 
     def _run(self, inputs: StepInputs, sizes: Sizes) -> Tensor:
-        # The longest chunk, history and context are not known at capture: bounds that hold for any step.
-        history = 1 << 30 if sizes.history else 0
-        return self._forward(inputs, sizes.tokens, history, 1 << 30, padded=True)
+        return self._forward(inputs, sizes.tokens, ANY if sizes.history else 0, ANY, padded=True)

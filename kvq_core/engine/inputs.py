@@ -51,6 +51,7 @@ class StepInputs:
 
     @staticmethod
     def lengths(sizes: Sizes) -> list[int]:
+        """Integers of each field, in the order of the fields."""
         b, t, c = sizes.decodes, sizes.tokens, sizes.chunks
         return [b, b, t, t, t, t, c, c, c, c + 1, b + c, b + c]
 

@@ -25,6 +25,7 @@ class JointProjection(nn.Module):
         """What the later layers will answer to `source`, by their place."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> the first layer's outputs; those of the others wait in `waiting`."""
         first, *rest = linear(x, self.weight, self.bias).split(self.sizes, -1)
         self.source, self.waiting = x, dict(enumerate(rest, 1))
         return first

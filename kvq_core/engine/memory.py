@@ -18,7 +18,7 @@ _CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
 _GRAPH_RESERVE = 512 << 20
 """Kept free for CUDA graphs and the allocator's fragments."""
 _LEAST_STEP, _MOST_STEP = 2048, 8192
-"""Prompt tokens that a step has room for on a GPU, unless told; more are not processed any faster."""
+"""Bounds of the prompt tokens that a step has room for on a GPU, unless told; more take as long each."""
 
 
 def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, CachePlan]:
@@ -31,12 +31,13 @@ def fit_cache(model: LoadedModel, config: EngineConfig) -> tuple[EngineConfig, C
     if config.tp != group.size:
         raise UsageError(f"tp={config.tp}, and {model.name} was loaded with tp={group.size}", "load it anew")
     if config.fidelity and group.size > 1:
-        raise UsageError("fidelity needs --tp 1: a rank sees the error of its own heads alone")
+        raise UsageError("fidelity needs --tp 1", "a rank sees the error of its own heads alone")
     geometry = model.geometry
     limit = config.max_model_len or geometry.max_model_len
     if limit > geometry.max_model_len:
         raise UsageError(
-            f"max_model_len {limit} is more than the {geometry.max_model_len} that {model.name} takes"
+            f"max_model_len {limit} is more than the {geometry.max_model_len} that {model.name} takes",
+            "leave it out for the model's own limit",
         )
     on_gpu = model.device.type == "cuda"
     chunk = config.chunk(geometry.is_windowed)

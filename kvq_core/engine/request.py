@@ -8,6 +8,8 @@ from kvq_core.engine.logprobs import TokenLogprob
 
 
 class Status(Enum):
+    """Where a request stands."""
+
     WAITING = auto()
     RUNNING = auto()
     SWAPPED = auto()
@@ -53,10 +55,12 @@ class Request:
         return self.computed < self.prefill_len
 
     def token(self, position: int) -> int:
+        """The token at a position of prompt and answer together."""
         n = len(self.prompt)
         return self.prompt[position] if position < n else self.output[position - n]
 
     def tokens(self, start: int, end: int) -> list[int]:
+        """The tokens from `start` up to `end`, of prompt and answer together."""
         n = len(self.prompt)
         if end <= n:
             return self.prompt[start:end]

@@ -22,6 +22,8 @@ MOST_TOGETHER = 2048
 
 @dataclass(frozen=True)
 class SchedulerConfig:
+    """What the scheduler must know of engine and cache."""
+
     prefill_chunk: int
     """Tokens of a chunk, see `chunk_end`."""
     token_budget: int
@@ -115,10 +117,13 @@ class Step:
         self.sampled_decodes = [place for place, i in enumerate(order) if i in sampled]
 
     def holds(self, request: Request) -> bool:
+        """Whether the step carries anything of a request."""
         return request in self.decodes or any(c.request is request for c in self.chunks)
 
 
 class Scheduler:
+    """Decides what each step carries: decodes, chunks of prompts, and pages to swap."""
+
     def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
         self.config = config
         self.blocks = blocks
@@ -146,6 +151,7 @@ class Scheduler:
         return self.config.swap_memory - self._swapped_bytes - kept
 
     def add(self, request: Request) -> None:
+        """Queue a request."""
         self._set_prefill(request, len(request.prompt))
         self.waiting.append(request)
 

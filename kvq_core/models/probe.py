@@ -42,6 +42,8 @@ class Call:
 
 @dataclass
 class Record:
+    """What all layers passed in one forward."""
+
     calls: list[Call] = field(default_factory=list)
 
 

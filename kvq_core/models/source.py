@@ -29,6 +29,7 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """Further arguments of `from_pretrained`."""
         extra: dict[str, Any] = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
         if not self.local and not hub_reachable():
             extra["local_files_only"] = True  # spares half a minute of retries
@@ -94,6 +95,7 @@ def translated(name: str) -> Iterator[None]:
 
 
 def explain(name: str, error: Exception) -> KvqError:
+    """What went wrong while `name` was loaded, as an error with a hint."""
     kinds: set[str] = set()
     cause: BaseException | None = error
     while cause is not None:

@@ -43,22 +43,27 @@ class Follower:
             getattr(self, name)(*args)
 
     def load(self, number: int, name: str, kind: str, options: dict[str, Any]) -> None:
+        """Load this rank's shard of a model."""
         self.on_gpu = kind == "cuda"
         self.models[number] = load_shard(name, self.group, number, self.group.place(kind), **options)
 
     def start(self, number: int, model: int, config: EngineConfig) -> None:
+        """Set up the device side of an engine."""
         try:
             self.runners[number] = set_up(self.models[model], config).runner
         except KvqError as error:  # the leader's, too, who plans by the same numbers, and tells the user
             logging.getLogger("kvq").info("engine %d: %s", number, error)
 
     def step(self, number: int, work: Work) -> None:
+        """Run a step of an engine."""
         self.runners[number].run(work)
 
     def read_back(self, model: int, *args: Any) -> None:
+        """Run a forward whose keys and values pass the codecs."""
         read_back(self.models[model], *args)
 
     def close(self, number: int) -> None:
+        """Drop an engine and give its memory back."""
         self.runners.pop(number, None)
         tear_down(self.on_gpu)
 

@@ -66,7 +66,10 @@ def start_group(size: int, device: str) -> Group:
     if _group is None:
         _group = _lead(size, launched is not None)
     elif _group.size != size:
-        raise UsageError(f"--tp {size}, and this process has {_group.size} ranks already")
+        raise UsageError(
+            f"--tp {size}, and this process has {_group.size} ranks already",
+            f"give --tp {_group.size}, or use another process",
+        )
     return _group
 
 
@@ -165,7 +168,9 @@ class Followers:
                 DefaultLogsSpecs(self._folder, redirects=Std.ALL),
             )
         except Exception as error:
-            self._error = KvqError(f"the ranks of --tp could not be started: {error}")
+            self._error = KvqError(
+                f"the ranks of --tp could not be started: {error}", "`--tp 1` needs no further processes"
+            )
         self._started.set()
         if self._error is None:
             result = self._context.wait(period=0.1)
@@ -181,7 +186,9 @@ class Followers:
         failures = list(result.failures.values())  # type: ignore[attr-defined]
         first = [f for f in failures if f.exitcode not in (LOST, -signal.SIGTERM)] or failures
         if not first:
-            return KvqError("the other ranks of --tp have left")
+            return KvqError(
+                "the other ranks of --tp have left", "start it again; what was measured until then is kept"
+            )
         failure = min(first, key=lambda f: f.timestamp)
         how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else None
         how = how or f"ended with exit code {failure.exitcode}"

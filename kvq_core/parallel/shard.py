@@ -160,6 +160,8 @@ def _cut(name: str, shape: torch.Size, leaf: str, style: str, kv_heads: int | No
         return lambda x: x.narrow(dim, head * of_head, of_head).clone()
     parts = 2 if style == PACKED else 1
     if length % (parts * size):
-        raise UsageError(f"--tp {size} does not divide {name}, {length // parts} wide")
+        raise UsageError(
+            f"--tp {size} does not divide {name}, which is {length // parts} wide", "choose a --tp that does"
+        )
     own = length // parts // size
     return lambda x: torch.cat([part.narrow(dim, rank * own, own) for part in x.chunk(parts, dim)], dim)

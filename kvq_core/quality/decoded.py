@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from kvq_core.codecs import get_codec
+from kvq_core.cache.blocks import pages_for
+from kvq_core.cache.plan import page_layout, raw_bytes_per_request
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.engine import Engine
 from kvq_core.models import LoadedModel
@@ -51,15 +52,11 @@ def decoded_drift(
 
 def enough_memory(model: LoadedModel, policy: Policy, tokens: int) -> int:
     """Bytes of a cache that holds one request of so many tokens, and its unquantized ones."""
-    own = [(get_codec(p.key), get_codec(p.value)) for p in policy.by_layer(model.geometry.num_layers)]
     page = EngineConfig().page_size
-    slots = (tokens // page + 3) * page
-    return sum(
-        layer.num_kv_heads
-        * (
-            slots * key.bytes_per_vector(layer.key_dim, model.dtype)
-            + slots * value.bytes_per_vector(layer.value_dim, model.dtype)
-            + (policy.sink + policy.recent) * (layer.key_dim + layer.value_dim) * model.dtype.itemsize
-        )
-        for layer, (key, value) in zip(model.geometry.layers, own, strict=True)
+    pages = pages_for(tokens, page) + 2  # one that is never handed out, and one to spare
+    layouts = (
+        page_layout(layer, own, page, model.dtype)
+        for layer, own in zip(model.geometry.layers, policy.by_layer(model.geometry.num_layers), strict=True)
     )
+    raw = raw_bytes_per_request(model.geometry, policy, model.dtype)
+    return pages * sum(layout.page_bytes for layout in layouts) + raw

@@ -41,11 +41,13 @@ class Drift:
             self.same.append((wanted.argmax(-1) == given.argmax(-1)).cpu())
 
     def merge(self, other: "Drift") -> None:
+        """Add the predictions that another one collected."""
         self.nll += other.nll
         self.kl += other.kl
         self.same += other.same
 
     def figures(self) -> Figures:
+        """What was collected so far, as figures."""
         nll, kl, same = torch.cat(self.nll), torch.cat(self.kl), torch.cat(self.same)
         return Figures(
             tokens=nll.numel(),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvq_core.cache.plan import check_head_dims
 from kvq_core.codecs import get_codec
 from kvq_core.models import LoadedModel, ModelGeometry, load_model
 from kvq_core.models.load import resolve_device
@@ -43,6 +44,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
+    """Quality of all policies on the same windows."""
+
     rows: list[Row]
     """In the order of the policies; empty where not one window was finished."""
     reference_ppl: float
@@ -122,13 +125,6 @@ def evaluate(
     ]
     reference_ppl = baseline.figures().ppl if done else 0.0
     return Result(rows, reference_ppl, done, time.perf_counter() - start, complete)
-
-
-def check_head_dims(geometry: ModelGeometry, policy: Policy) -> None:
-    """`KvqError` where a codec of the policy can't take a head dim of the model."""
-    for layer, own in set(zip(geometry.layers, policy.by_layer(geometry.num_layers), strict=True)):
-        get_codec(own.key).check_head_dim(layer.key_dim)
-        get_codec(own.value).check_head_dim(layer.value_dim)
 
 
 def effective_bits(geometry: ModelGeometry, policy: Policy, context_len: int) -> float:

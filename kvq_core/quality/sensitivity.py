@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvq_core.cache.plan import check_head_dims
 from kvq_core.codecs import get_codec
 from kvq_core.errors import KvqError
 from kvq_core.layers import LayerRule, as_spans
 from kvq_core.models import LoadedModel, ModelGeometry
 from kvq_core.policies import Policy, get_policy
 from kvq_core.quality.drift import Drift
-from kvq_core.quality.perplexity import check_head_dims
 from kvq_core.quality.read_back import logits
 from kvq_core.quality.text import Windows
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from kvq_core.cache.plan import check_head_dims
 from kvq_core.errors import KvqError
 from kvq_core.models import LoadedModel
 from kvq_core.models.source import hub_reachable
 from kvq_core.policies import Policy
 from kvq_core.quality import local_data, retrieval
-from kvq_core.quality.perplexity import Progress, check_head_dims, effective_bits
+from kvq_core.quality.perplexity import Progress, effective_bits
 
 OWN: dict[str, Callable[..., list[dict[str, str]]]] = {
     "needle": retrieval.needles,
@@ -47,6 +48,8 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class TaskResult:
+    """Scores of all policies on the same samples."""
+
     rows: list[TaskRow]
     """In the order of the policies; those that were finished."""
     seconds: float

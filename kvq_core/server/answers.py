@@ -156,9 +156,8 @@ class Answers:
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(len(choice.token_ids) for choice in self._choices)
-        first = self._choices[
-            :: self._asked.choices
-        ]  # of each prompt, the others begin with what it computed
+        # The first choice of each prompt: its others find in the cache what this one computed.
+        first = self._choices[:: self._asked.choices]
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,

@@ -93,6 +93,7 @@ class Service:
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def describe(self) -> dict[str, Any]:
+        """The model as `/v1/models` lists it."""
         core = self.engine.engine
         return {
             "id": self.name,
@@ -104,6 +105,7 @@ class Service:
         }
 
     def check_model(self, name: str) -> None:
+        """`ApiError` (404) for a model that is not the one served."""
         if name != self.name:
             raise ApiError(
                 404,
@@ -225,6 +227,7 @@ class Gate:
 
 
 def respond(error: ApiError) -> Response:
+    """An error as an HTTP response."""
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 

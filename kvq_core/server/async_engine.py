@@ -171,6 +171,7 @@ class AsyncEngine:
     # In the thread
 
     def cancel_now(self, key: Key) -> None:
+        """Cancel a sequence in the engine; nothing where it has ended."""
         request = self._ids.pop(key, None)
         if request is not None:
             del self._keys[request]

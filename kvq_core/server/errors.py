@@ -34,6 +34,7 @@ class ApiError(Exception):
 
 
 def queue_full(limit: int) -> ApiError:
+    """429: `limit` requests run and wait already."""
     return ApiError(
         429,
         f"the server is busy: it takes {limit} requests at a time, and all are taken; try again later",
@@ -44,6 +45,7 @@ def queue_full(limit: int) -> ApiError:
 
 
 def shutting_down() -> ApiError:
+    """503: a signal has come."""
     return ApiError(
         503,
         "the server is shutting down",
@@ -64,4 +66,5 @@ def engine_died(status: int = 503) -> ApiError:
 
 
 def internal_error() -> ApiError:
+    """500: a fault of ours."""
     return ApiError(500, "a fault of the server; its log has the reason", type="server_error")

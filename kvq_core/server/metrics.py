@@ -63,6 +63,7 @@ class Metrics:
         (self._ttft if first else self._itl).observe(seconds)
 
     def ended(self, reason: str) -> None:
+        """A sequence ended, for this reason."""
         self._ended.labels(reason).inc()
 
     def render(self, load: Load, fidelity: Fidelity | None = None) -> bytes:

@@ -57,6 +57,8 @@ EXTENSIONS = "top_k, stop_token_ids, ignore_eos, return_token_ids"
 
 
 class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`."""
+
     include_usage: bool = False
     include_obfuscation: bool = False
     """Padding against eavesdroppers, which there is none of here."""
@@ -157,6 +159,8 @@ class GenerationRequest(BaseModel):
 
 
 class CompletionRequest(GenerationRequest):
+    """The body of `/v1/completions`."""
+
     default_max_tokens = 16
 
     prompt: Annotated[Any, WithJsonSchema(PROMPT)]
@@ -176,6 +180,8 @@ class CompletionRequest(GenerationRequest):
 
 
 class TextPart(BaseModel):
+    """One part of a message's content; only text is supported."""
+
     model_config = ConfigDict(strict=True)
 
     type: Literal["text"]
@@ -183,6 +189,8 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
+    """One message of a conversation."""
+
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -205,6 +213,8 @@ class Message(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
+    """The body of `/v1/chat/completions`."""
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -232,9 +242,8 @@ def parse(kind: type[R], body: bytes) -> R:
     """The request in a body; raises `ApiError` that names the field."""
     try:
         document = json.loads(body)
-        json.dumps(
-            document, ensure_ascii=False
-        ).encode()  # JSON can spell half a surrogate pair; nobody takes it
+        # JSON can spell half a surrogate pair, which no tokenizer takes; encoding fails on one.
+        json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     try:

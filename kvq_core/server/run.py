@@ -35,6 +35,7 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
+    """The URL under which a bound socket can be reached."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -17,6 +17,7 @@ from kvq_cli.app import main
 from kvq_core.bench import record as record_module
 from kvq_core.bench.target import Event, TargetInfo, Usage
 from kvq_core.errors import KvqError
+from kvq_core.policies import Policy
 
 
 @dataclass
@@ -116,20 +117,15 @@ def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
                 **fakes.kv,
             }
 
-    def check_head_dim(head_dim: int) -> None:
-        pass
-
-    def get_codec(name: str) -> Any:
-        def refuse(head_dim: int) -> None:
-            raise KvqError(f"{name} can't take head dim {head_dim}", "use another codec")
-
-        return types.SimpleNamespace(check_head_dim=refuse if name == "qjl" else check_head_dim)
+    def check_head_dims(geometry: Any, policy: Policy) -> None:
+        if policy.name == "qjl":
+            raise KvqError(f"qjl can't take head dim {geometry.layers[0].key_dim}", "use another codec")
 
     modules = {
         "kvq_core.models": {"load_model": load_model},
         "kvq_core.engine.engine": {"Engine": Engine},
         "kvq_core.bench.engine_target": {"EngineTarget": EngineTarget},
-        "kvq_core.codecs": {"get_codec": get_codec},
+        "kvq_core.cache.plan": {"check_head_dims": check_head_dims},
     }
     made = {}
     for name, content in modules.items():

@@ -531,7 +531,7 @@ def test_names_of_model_and_key(kvq, server, tokenizers, monkeypatch):
         (("--kv-memory", "1GiB"), 2, "--kv-memory is up to the server"),
         (("--max-num-seqs", "4"), 2, "--max-num-seqs is up to the server"),
         (("--api", "grpc"), 2, "unknown --api `grpc`"),
-        (("--api-key-env", "NO_SUCH_VARIABLE"), 2, "no such environment variable"),
+        (("--api-key-env", "NO_SUCH_VARIABLE"), 2, "nothing in the environment variable NO_SUCH_VARIABLE"),
         (("--model", "bare"), 1, "bare has no tokenizer"),
         (("--base-url", "host:80"), 2, "is not the URL of a server"),
     ],

@@ -14,6 +14,7 @@ from kvq_core.bench.record import (
     check_output,
     read_records,
     requests_path,
+    without_folder,
     write_atomic,
     write_records,
 )  # fmt: skip
@@ -79,6 +80,16 @@ def test_damaged_files(tmp_path, text, message):
 def test_wrong_types_are_damage(bench, change):
     with pytest.raises(KvqError, match="damaged"):
         RunRecord.from_dict(bench.record().to_dict() | change, "x.json")
+
+
+def test_a_model_in_a_folder_is_called_the_same_however_it_is_named(tmp_path, monkeypatch):
+    """`kvq eval` and `kvq compare` must agree on it, or quality seems to be another model's."""
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/mine", "./models/mine/", str(tmp_path / "models" / "mine"), "/elsewhere/mine"):
+        assert without_folder({"name": name, "dtype": "float32"}) == {"name": "mine", "dtype": "float32"}
+    for name in ("Qwen/Qwen3-8B", "demo"):
+        assert without_folder({"name": name}) == {"name": name}
 
 
 def test_missing_file_and_folder(tmp_path):

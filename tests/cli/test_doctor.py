@@ -2,11 +2,14 @@
 
 import json
 import platform
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from kvq_cli.commands import doctor as module
-from kvq_cli.commands.doctor import Finding, gpu_advice
+from kvq_cli.commands.doctor import MINIMUM, Finding, gpu_advice
 
 
 def test_findings(cli, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -21,6 +24,12 @@ def test_findings(cli, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     assert found["demo model"]["status"] == "note"
     assert str(tmp_path) in found["demo model"]["value"]
     assert any(what.startswith("gpu") for what in found)
+
+
+def test_minimum_versions_are_those_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    asked = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(project["dependencies"]), re.MULTILINE))
+    assert {name: ".".join(map(str, least)) for name, least in MINIMUM.items()}.items() <= asked.items()
 
 
 def test_text_says_the_same(cli) -> None:

@@ -154,7 +154,7 @@ def test_interrupt_while_loading() -> None:
         (["run", "hi", "--max-model-len", "0"], 2, "'--max-model-len'"),
         (["run", "hi", "--dtype", "int4"], 2, "unknown dtype `int4`"),
         (["run", "hi", "--device", "tpu"], 2, "unknown device `tpu`"),
-        (["run", "hi", "--load-format", "gguf"], 2, "unknown load format `gguf`"),
+        (["run", "hi", "--load-format", "gguf"], 2, "--load-format must be auto or dummy, got gguf"),
         (["run", "hi", "--max-new-tokens", "0"], 2, "'--max-new-tokens'"),
         (["run", "hi", "--temperature", "-1"], 2, "'--temperature'"),
         (["run", "hi", "--top-p", "0"], 2, "--top-p must lie in (0, 1]"),

@@ -6,34 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvq_cli.app import main
 from kvq_core.bench.record import read_records
+from tests.tiny import BYTES, byte_tokenizer, save_tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    folder = save_tiny(tmp_path_factory.mktemp("model"), vocab_size=BYTES + 1, max_position_embeddings=128)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -109,6 +91,7 @@ def test_rows_on_stdout_and_in_the_file(
     assert {row["predicted_tokens"] for row in rows} == {3 * 39}
     assert rows[0]["workload"]["name"] == "book.txt" and rows[0]["workload"]["windows"] == 3
     assert str(tmp_path.parent) not in out, "a record tells nothing of a disk"
+    assert {row["model"]["name"] for row in rows} == {options[1].name}
     records = read_records([output])
     assert [record.label for record in records] == ["none", "int8", "turbo"]
     assert records[2].get("kl") == rows[2]["kl"]

@@ -1,6 +1,7 @@
-"""README.md: its generated parts are current, and the commands it shows exist."""
+"""README.md: its generated parts are current, links lead somewhere, and the commands it shows exist."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -39,19 +40,33 @@ def test_generated_parts_are_current(readme: ModuleType) -> None:
 def test_generated_parts_notice_a_change(readme: ModuleType) -> None:
     for policy in REGISTRY:
         assert f"`{policy.name}`" in readme.policies()
-    assert "| 102 | 3.19 | 5.02 |" in README
-    changed = README.replace("| 102 | 3.19 | 5.02 |", "| 101 | 3.19 | 5.02 |")
-    assert readme.render(changed) == README
+    changed = README.replace("| x5.02 |", "| x6.02 |")
+    assert changed != README and readme.render(changed) == README
+
+
+def test_the_headline_is_that_of_the_records(readme: ModuleType) -> None:
+    """By the definition of each figure, from the JSON itself."""
+    records = json.loads((ROOT / "results" / "h200_llama-2-7b_16GiB_c256.json").read_text())
+    speed = {record["policy"]["name"]: record["output_throughput"] for record in records}
+    (line,) = (line for line in readme.headline().splitlines() if "llama-2-7b" in line)
+    assert f"| {speed['none']:,.0f} | {speed['int8'] / speed['none'] - 1:+.1%} |" in line
+    assert line.endswith(f"| {speed['turbo'] / speed['none'] - 1:+.1%} |")
 
 
 def test_the_first_screen_has_what_a_newcomer_needs() -> None:
     first = "\n".join(README.splitlines()[:40])
     for words in (
+        "<!-- generated: headline -->",
         "scripts/quickstart",
         "scripts/test",
         "kvq profile-throughput --policy 42 --concurrency 64",
     ):
         assert words in first
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert targets and all((ROOT / target).exists() for target in targets)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -16,17 +16,13 @@ from kvq_core.engine.engine import Engine
 from kvq_core.models import LoadedModel, load_model
 from kvq_core.policies import get_policy
 from kvq_core.quality.read_back import logits
+from tests.tiny import TINY
 
-VOCAB, PAGE, CHUNK, NEW_TOKENS, PAGES = 96, 16, 16, 32, 8
+VOCAB = TINY["vocab_size"]
+PAGE, CHUNK, NEW_TOKENS, PAGES = 16, 16, 32, 8
 LENGTHS = (5, 45, 16, 33, 50)
 BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
+    **TINY,
     "max_position_embeddings": 256,
     "eos_token_id": None,
     "initializer_range": 0.3,

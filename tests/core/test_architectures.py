@@ -16,22 +16,19 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvq_core import attention
-from kvq_core.config import EngineConfig, SamplingParams
+from kvq_core.config import EngineConfig
 from kvq_core.demo import demo_folder
 from kvq_core.engine.engine import Engine
 from kvq_core.models import LoadedModel, load_model
+from tests.tiny import TINY, replies
 
-VOCAB, WINDOW, NEW_TOKENS, PAGE = 96, 12, 24, 16
+VOCAB = TINY["vocab_size"]
+WINDOW, NEW_TOKENS, PAGE = 12, 24, 16
 LENGTHS = (3, 30, WINDOW, 17)
 TOLERANCE = 1e-4
 
 BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **TINY,
     "head_dim": 16,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
@@ -203,27 +200,11 @@ def run(
 ) -> tuple[list[list[int]], list[Tensor], int]:
     """Tokens and logits [NEW_TOKENS, V] of each prompt, preemptions; a prompt comes every `late` steps."""
     engine = Engine(model, config)
-    rows: dict[int, list[Tensor]] = {}
-
-    def keep(requests: list[int], logits: Tensor) -> None:
-        for request, row in zip(requests, logits, strict=True):
-            rows.setdefault(request, []).append(row.clone())
-
-    engine.runner.on_logits = keep
-    params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    tokens: dict[int, list[int]] = {}
-    waiting, steps = list(prompts), 0
-    while waiting or engine.has_work:
-        while waiting and (steps >= late * len(tokens)):
-            tokens[engine.add_request(waiting.pop(0), params)] = []
-        for output in engine.step():
-            tokens[output.request_id] += output.token_ids
-        steps += 1
+    tokens, logits = replies(engine, prompts, NEW_TOKENS, late)
     stats = engine.kv_stats()
     assert stats["tokens"] == 0
     engine.cache.blocks.check()
-    ids = sorted(tokens)
-    return [tokens[i] for i in ids], [torch.stack(rows[i]) for i in ids], stats["preemptions"]
+    return tokens, logits, stats["preemptions"]
 
 
 ROOMY = EngineConfig(page_size=PAGE, max_num_seqs=4, prefill_chunk=64, kv_memory=8 << 20)

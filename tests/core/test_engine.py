@@ -1,7 +1,6 @@
 """The engine on a tiny random model: order, ends, limits, cancelling, memory."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,29 +14,17 @@ from kvq_core.engine.runner import ModelRunner
 from kvq_core.engine.scheduler import Step
 from kvq_core.errors import KvqError, UsageError
 from kvq_core.models import LoadedModel, load_model
+from tests.tiny import save_tiny
 
 MAKE = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=300,
-        initializer_range=0.2,
+    folder = save_tiny(
+        tmp_path_factory.mktemp("tiny"), vocab_size=97, num_hidden_layers=3, max_position_embeddings=300,
         eos_token_id=96,
-    )
-    folder: Path = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    )  # fmt: skip
     return load_model(str(folder), dtype="float64", device="cpu", need_tokenizer=False)
 
 

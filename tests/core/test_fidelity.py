@@ -2,18 +2,17 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
 from kvq_core.bench.report import fidelity_table
 from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.engine import Engine
 from kvq_core.errors import UsageError
 from kvq_core.models import LoadedModel, load_model
+from tests.tiny import save_tiny
 
 MAKE = Callable[..., Engine]
 
@@ -21,22 +20,10 @@ MAKE = Callable[..., Engine]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """Two layers with a window beyond the shadow's, so that both bounds are met."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=600,
-        sliding_window=400,
-        initializer_range=0.2,
-        eos_token_id=96,
-    )
-    folder: Path = tmp_path_factory.mktemp("tiny")
-    MistralForCausalLM(config).save_pretrained(folder)
+    folder = save_tiny(
+        tmp_path_factory.mktemp("tiny"), "mistral", vocab_size=97, max_position_embeddings=600,
+        sliding_window=400, eos_token_id=96,
+    )  # fmt: skip
     return load_model(str(folder), dtype="float64", device="cpu", need_tokenizer=False)
 
 

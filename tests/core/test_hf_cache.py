@@ -10,16 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvq_core import EngineConfig, KVQCache, KvqError, pipeline
 from kvq_core.models import load_model
+from tests.tiny import TINY
 
-VOCAB, WINDOW, NEW = 96, 20, 24
+VOCAB = TINY["vocab_size"]
+WINDOW, NEW = 20, 24
 BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
+    **TINY,
     "max_position_embeddings": 128,
     "initializer_range": 0.3,
     "pad_token_id": 0,

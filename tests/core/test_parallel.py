@@ -22,6 +22,7 @@ from kvq_core.models.dummy import build_dummy
 from kvq_core.models.geometry import model_geometry
 from kvq_core.parallel.group import Ranks
 from kvq_core.parallel.shard import find_shards
+from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
@@ -33,9 +34,7 @@ KVQ = [sys.executable, "-m", "kvq_cli.app"]
 
 
 def write_config(folder: Path, kind: str = "llama", **options: Any) -> str:
-    base = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    AutoConfig.for_model(kind, **(base | heads | {"eos_token_id": None} | options)).save_pretrained(folder)
+    AutoConfig.for_model(kind, **(TINY | {"eos_token_id": None} | options)).save_pretrained(folder)
     return str(folder)
 
 

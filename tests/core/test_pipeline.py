@@ -11,52 +11,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from kvq_core import EngineConfig, KvqError, Pipeline, Response, SamplingParams, pipeline
 from kvq_core.detokenizer import Detokenizer
 from kvq_core.errors import UsageError
 from kvq_core.models import LoadedModel, load_model
 from kvq_core.prompts import as_prompts
+from tests.tiny import TEMPLATE, byte_tokenizer, save_tiny
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
 VOCAB = 260
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that most characters beyond ASCII take several."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
+    return byte_tokenizer(TEMPLATE)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        initializer_range=0.2,
+    return save_tiny(
+        tmp_path_factory.mktemp("model"), vocab_size=VOCAB, max_position_embeddings=256,
         eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -15,24 +15,20 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from kvq_core.codecs import get_codec
-from kvq_core.config import EngineConfig, SamplingParams
+from kvq_core.config import EngineConfig
 from kvq_core.engine.engine import Engine
 from kvq_core.models import LoadedModel, load_model
 from kvq_core.policies import Policy
+from tests.tiny import TINY, replies
 
-VOCAB, WINDOW, NEW_TOKENS, PAGE, CHUNK = 96, 20, 20, 16, 16
+VOCAB = TINY["vocab_size"]
+WINDOW, NEW_TOKENS, PAGE, CHUNK = 20, 20, 16, 16
 LENGTHS = (5, 45, PAGE, 33)
 TOLERANCE = 1e-8
 REFERENCE = "policy_parity_reference"
 
 BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
+    **TINY,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -145,27 +141,9 @@ class Run:
 def run(case: Case, config: EngineConfig, only: int | None = None, late: int = 0) -> Run:
     """Answer all prompts (or one) with the engine; a prompt comes every `late` steps."""
     engine = Engine(case.model, config)
-    rows: dict[int, list[Tensor]] = {}
-
-    def keep(requests: list[int], logits: Tensor) -> None:
-        for request, row in zip(requests, logits, strict=True):
-            rows.setdefault(request, []).append(row.clone())
-
-    engine.runner.on_logits = keep
-    params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    waiting = list(case.prompts) if only is None else [case.prompts[only]]
-    tokens: dict[int, list[int]] = {}
-    steps = 0
-    while waiting or engine.has_work:
-        while waiting and steps >= late * len(tokens):
-            tokens[engine.add_request(waiting.pop(0), params)] = []
-        for output in engine.step():
-            tokens[output.request_id] += output.token_ids
-        steps += 1
-    ids = sorted(tokens)
-    return Run(
-        [tokens[i] for i in ids], [torch.stack(rows[i]) for i in ids], engine.kv_stats()["preemptions"]
-    )
+    prompts = case.prompts if only is None else [case.prompts[only]]
+    tokens, logits = replies(engine, prompts, NEW_TOKENS, late)
+    return Run(tokens, logits, engine.kv_stats()["preemptions"])
 
 
 def error(case: Case, config: EngineConfig, result: Run) -> float:

@@ -17,16 +17,12 @@ from kvq_core.quality.drift import Drift
 from kvq_core.quality.perplexity import effective_bits, evaluate
 from kvq_core.quality.read_back import BLOCK, logits
 from kvq_core.quality.text import Windows, cut_windows, read_text, sample_text
+from tests.tiny import TINY
 
-VOCAB, WINDOW = 96, 20
+VOCAB = TINY["vocab_size"]
+WINDOW = 20
 BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
+    **TINY,
     "max_position_embeddings": 512,
     "sliding_window": WINDOW,
 }

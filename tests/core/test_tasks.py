@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lm_eval import simple_evaluate
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvq_core.errors import KvqError
 from kvq_core.models import LoadedModel, load_model
@@ -20,6 +17,7 @@ from kvq_core.policies import parse_policies
 from kvq_core.quality import local_data, tasks
 from kvq_core.quality.lm import KvqLM
 from kvq_core.quality.retrieval import lookups, needles
+from tests.tiny import BYTES, byte_tokenizer, save_tiny
 
 WORDS = ["tree", "river", "stone", "house", "light", "water", "bread", "horse", "night", "table"]
 HELLASWAG = {"activity_label": "Baking", "ctx_a": "A man [x] bakes.", "ctx_b": "he"}
@@ -53,27 +51,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: i for i, letter in enumerate([*alphabet, "<end>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+    folder = save_tiny(
+        tmp_path_factory.mktemp("model"),
+        vocab_size=BYTES + 1,
         max_position_embeddings=1024,
-        initializer_range=0.2,
-        eos_token_id=256,
+        eos_token_id=BYTES,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -9,44 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvq_core import EngineConfig
 from kvq_core.config import ServerConfig
 from kvq_core.engine.engine import Engine
 from kvq_core.models import LoadedModel, load_model
 from kvq_core.server.run import Server, bind, url_of
+from tests.tiny import BYTES, TEMPLATE, byte_tokenizer, save_tiny
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
 CONTEXT = 256
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    plain = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    plain.add_special_tokens(["<end>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", chat_template=TEMPLATE)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
+    folder = save_tiny(
+        tmp_path_factory.mktemp("model"), vocab_size=260, max_position_embeddings=CONTEXT, eos_token_id=BYTES
     )
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    byte_tokenizer(TEMPLATE).save_pretrained(folder)
     return folder
 
 
