@@ -78,9 +78,10 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = FAULTS[fault]
+    planted = []
 
     def run_wrong(ptx: str, *arguments: Any) -> Any:
-        assert right in ptx or "_merge_kernel" in ptx
+        planted.append(right in ptx)
         return machine.run_kernel(ptx.replace(right, wrong), *arguments)
 
     axes = {"codecs": "turbo:lm2", "head_dim": 128, "group": 4, "feature": "plain", "dtype": torch.bfloat16}
@@ -88,6 +89,7 @@ def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "run_kernel", run_wrong)
     with pytest.raises((AssertionError, ValueError)), recording(paged_decode, warp_decode, run=True):
         check(decode(problem, paged_decode.paged_decode, splits=2), problem)
+    assert any(planted), f"there is no {right}"
 
 
 @pytest.mark.parametrize("tokens", ["few", "many"])
