@@ -91,7 +91,7 @@ def chat(
         return
     if api_key_env is not None:
         raise UsageError("--api-key-env is for a server", "name it with `--url`")
-    model = model or DEFAULT_MODEL
+    model = DEFAULT_MODEL if model is None else model
     with open_pipeline(model, config) as pipe:
         if not has_chat_template(pipe):
             raise KvqError(

@@ -217,7 +217,7 @@ def parse_json(data: bytes, path: Path) -> Any:
             "save it as UTF-8, or get the file again",
         ) from error
     try:
-        return json.loads(text)
+        return load_json(text)
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
         what = "ends in the middle of its JSON" if cut else f"is not JSON: {error.msg}"
@@ -227,8 +227,16 @@ def parse_json(data: bytes, path: Path) -> Any:
             if cut
             else "it must hold one JSON document",
         ) from error
+    except ValueError as error:
+        raise KvqError(f"{path} is not JSON: {error}", "it must hold one JSON document") from error
+
+
+def load_json(text: str) -> Any:
+    """`json.loads`, with a `ValueError` for text that is nested without end, too."""
+    try:
+        return json.loads(text)
     except RecursionError as error:
-        raise KvqError(f"{path} is nested too deeply for JSON data") from error
+        raise ValueError("it is nested too deeply") from error
 
 
 def requests_path(path: Path) -> Path:
@@ -239,8 +247,8 @@ def requests_path(path: Path) -> Path:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of the requests of the records in `path`; none where there is no such file."""
     try:
-        lines = requests_path(path).read_text("utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        lines = requests_path(path).read_text("utf-8").split("\n")
+        return [load_json(line) for line in lines if line]
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:

@@ -42,8 +42,8 @@ class Fakes:
 
 def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
     def load_model(name: str, **options: Any) -> Any:
-        if name == "missing":
-            raise KvqError("cannot find model 'missing'", "use another")
+        if name in ("", "missing"):
+            raise KvqError(f"cannot find model {name!r}", "use another")
         fakes.loads.append({"name": name, **options})
         layer = types.SimpleNamespace(key_dim=64, value_dim=64)
         geometry = types.SimpleNamespace(layers=(layer,), num_layers=1, vocab_size=100, max_model_len=2048)
@@ -456,7 +456,17 @@ def test_full_disk(kvq, fakes, tmp_path, monkeypatch):
     [
         (("profile-throughput", "--policy", "43"), 1, "unknown policy '43'"),
         (("profile-throughput", "--model", "missing"), 1, "cannot find model 'missing'"),
+        (("profile-throughput", "--model", ""), 1, "cannot find model ''"),
         (("profile-throughput", "--policy", "qjl"), 1, "qjl can't take head dim 64"),
+        (("profile-throughput", "--kv-memory", "9" * 400), 2, "more than any memory"),
+        (("profile-throughput", "--api", "chat"), 2, "--api needs --base-url"),
+        (("profile-throughput", "--ramp-up", ""), 2, "`` is no --ramp-up"),
+        (("profile-throughput", "--dataset-name", ""), 2, "unknown --dataset-name ``"),
+        (
+            ("profile-throughput", "--dataset-name", "trace", "--dataset-path", "t", "--trace-speed", "0"),
+            2,
+            "--trace-speed must be above 0",
+        ),
         (("profile-throughput", "--concurrency", "0"), 2, "--concurrency"),
         (("profile-throughput", "--num-prompts", "-3"), 2, "--num-prompts"),
         (("profile-throughput", "--max-output-len", "0"), 2, "--max-output-len"),

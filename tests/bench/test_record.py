@@ -13,6 +13,7 @@ from kvq_core.bench.record import (
     RunRecord,
     check_output,
     read_records,
+    read_rows,
     requests_path,
     write_atomic,
     write_records,
@@ -27,6 +28,12 @@ def test_round_trip(bench, tmp_path):
     assert read_records([path]) == [record]
     assert (tmp_path / "r.requests.jsonl").read_text().splitlines() == ['{"index": 0}', '{"index": 1}']
     assert sorted(os.listdir(tmp_path)) == ["r.json", "r.requests.jsonl"]
+
+
+def test_rows_with_line_breaks_in_an_error_are_read_again(bench, tmp_path):
+    rows = [{"index": 0, "error": "one\u2028two\x85three"}, {"index": 1}]
+    write_records(tmp_path / "r.json", bench.record().to_dict(), rows)
+    assert read_rows(tmp_path / "r.json") == rows
 
 
 def test_lists_and_several_files(bench, tmp_path):
@@ -65,6 +72,7 @@ def test_the_names_that_scripts_rely_on(bench):
         (b'{"schema_version": 99}', "has schema version 99"),
         (b'{"schema_version": 1, "label": "x"}', "lacks complete, policy"),
         (b"[" * 200_000, "nested too deeply"),
+        (b"[" + b"1" * 5000 + b"]", "is not JSON: Exceeds the limit"),
     ],
 )  # fmt: skip
 def test_damaged_files(tmp_path, text, message):
