@@ -6,7 +6,7 @@ import sys
 import time
 import types
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 from kvq_cli import console
 from kvq_cli.app import main
+from kvq_cli.benchmark import Session
 from kvq_core.bench import record as record_module
 from kvq_core.bench.target import Event, TargetInfo, Usage
 from kvq_core.errors import KvqError
@@ -249,11 +250,20 @@ def test_duration_rate_and_warm_up(kvq, fakes):
 def test_requests_that_run_out_before_the_duration_are_pointed_out(kvq, fakes):
     code, _, err = kvq("profile-throughput", *SMALL, "--duration", 60)
     assert code == 0 and "all 3 requests were sent before the 60 s of --duration were over" in err
+    code, _, err = kvq("profile-throughput", *SMALL, "--duration", 1e-9)
+    assert code == 1 and "none was sent" in err and "all 3 requests were sent" not in err
 
 
 def test_cancelled_requests(kvq, fakes):
     code, out, _ = kvq("profile-throughput", *SMALL, "--cancel-rate", 0.34)
     assert code == 0 and "34% cancelled" in out
+
+
+@pytest.mark.parametrize(("cancelled", "reason"), [(3, "all were cancelled"), (0, "none was sent")])
+def test_a_run_without_a_completed_request_says_why(bench, cancelled, reason):
+    session = Session(None, as_list=False)
+    session.add(replace(bench.record(), metrics={"completed": 0, "cancelled": cancelled}), [])
+    assert str(session.error) == f"0 none: no request was completed: {reason}"
 
 
 def test_an_infinite_rate_is_a_closed_loop(kvq, fakes):

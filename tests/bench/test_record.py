@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -83,10 +84,42 @@ def test_damaged_files(tmp_path, text, message):
     assert caught.value.exit_code == 1 and str(path) in caught.value.message
 
 
-@pytest.mark.parametrize("change", [{"kv": 3}, {"policy": None}, {"mean_ttft_ms": "fast"}])
-def test_wrong_types_are_damage(bench, change):
-    with pytest.raises(KvqError, match="damaged"):
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"kv": 3}, "kv"),
+        ({"policy": None}, "policy"),
+        ({"mean_ttft_ms": "fast"}, "mean_ttft_ms"),
+        ({"mean_ttft_ms": math.nan}, "mean_ttft_ms"),
+        ({"mean_ttft_ms": 10**400}, "mean_ttft_ms"),
+        ({"errors": 4}, "errors"),
+        ({"note": ["a"]}, "note"),
+        ({"policy": {"layers": 4}}, r"policy\.layers"),
+        ({"policy": {"key": ["int8"]}}, r"policy\.key"),
+        ({"env": {"versions": ["torch"]}}, r"env\.versions"),
+        ({"workload": {"concurrency": "many"}}, r"workload\.concurrency"),
+        ({"kv": {"capacity_tokens": "1,000"}}, r"kv\.capacity_tokens"),
+        ({"quantiles": {"ttft": 4}}, r"quantiles\.ttft"),
+        ({"timeline": {"running": ["a"]}}, r"timeline\.running"),
+        ({"model": {"layers": math.inf}}, "number: NaN or an infinity"),
+    ],
+)
+def test_wrong_types_are_damage(bench, change, where):
+    with pytest.raises(KvqError, match=f"damaged run record: it has a wrong {where}"):
         RunRecord.from_dict(bench.record().to_dict() | change, "x.json")
+
+
+@pytest.mark.parametrize("part", ["policy", "model", "env", "workload", "kv"])
+@pytest.mark.parametrize("view", ["--json", "--csv", "--markdown", "--html"])
+def test_fields_that_are_missing_or_null_are_no_error(kvq, bench, write_json, tmp_path, part, view):
+    work = {"mean_input_len": 4.0, "mean_output_len": 5.0, "num_prompts": 2}
+    document = bench.record(workload=work).to_dict()
+    for fields in ([], *([key] for key in document[part])):
+        less = {key: None if key in fields else value for key, value in document[part].items() if fields}
+        less_of_it = write_json("less.json", document | {part: less})
+        flags = [view, tmp_path / "page.html"] if view == "--html" else [view]
+        code, _, err = kvq("compare", less_of_it, write_json("all.json", document), *flags)
+        assert code == 0 and "unexpected" not in err, (fields, err)
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -174,6 +207,12 @@ def test_output_is_checked_before_anything_is_measured(tmp_path):
         check_output(tmp_path / "file" / "r.json")
     with pytest.raises(KvqError, match="cannot write"):
         check_output(Path("/proc/nowhere/r.json"))
+    with pytest.raises(KvqError, match="File name too long"):
+        check_output(tmp_path / ("x" * 300))
+    os.mkfifo(tmp_path / "pipe")
+    for special in (Path("/dev/null"), tmp_path / "pipe", Path("-")):
+        with pytest.raises(KvqError, match=f"--html {special} is no file"):
+            check_output(special, "--html")
 
 
 def test_requests_lie_beside_the_record():
