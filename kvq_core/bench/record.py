@@ -135,7 +135,8 @@ class RunRecord:
             "engine": self.engine,
             "workload": self.workload,
             "kv": self.kv,
-            **self.metrics,
+            # JSON has no NaN: the score of a broken model, say, is null.
+            **{key: value if _is_figure(value) else None for key, value in self.metrics.items()},
             "errors": self.errors,
         }
         extra = {

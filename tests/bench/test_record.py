@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def test_rows_with_line_breaks_in_an_error_are_read_again(bench, tmp_path):
     rows = [{"index": 0, "error": "one\u2028two\x85three"}, {"index": 1}]
     write_records(tmp_path / "r.json", bench.record().to_dict(), rows)
     assert read_rows(tmp_path / "r.json") == rows
+
+
+def test_a_figure_that_is_no_number_is_null(bench, tmp_path):
+    record = replace(bench.record(), metrics=bench.record().metrics | {"ppl": math.inf, "kl": math.nan})
+    write_records(tmp_path / "r.json", record.to_dict())
+    (read,) = read_records([tmp_path / "r.json"])
+    assert read.metrics["ppl"] is read.metrics["kl"] is None and read.metrics["completed"] == 2
 
 
 def test_lists_and_several_files(bench, tmp_path):
