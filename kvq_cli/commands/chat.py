@@ -71,6 +71,7 @@ def chat(
     kvq chat --url http://localhost:8000
     printf 'Hello!\\nAnd in French?\\n' | kvq chat
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # here Ctrl-C ends a line or an answer, not the program
     params = sampling_params(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
