@@ -4,8 +4,10 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from typing import Annotated
 
@@ -68,7 +70,7 @@ def _kvq(
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    0; 1 for a user's mistake or a limit, 2 for a bad flag, 3 for a failed check, 130 for Ctrl-C.
+    0; 1 for a user's mistake or a limit, 2 for a bad flag, 3 for a failed check, 130 for Ctrl-C or SIGTERM.
     """
     # Set before torch and transformers are imported. Advice to programmers is noise to users of a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -76,7 +78,11 @@ def main(args: list[str] | None = None) -> None:
     # Spinning at barriers makes a CPU run many times slower as soon as anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = sys.argv[1:] if args is None else args
+    _open_closed_streams()
     _follow_under_torchrun(args)
+    if threading.current_thread() is threading.main_thread():
+        # A job that is cancelled, or out of time, keeps what it measured, as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     logger = logging.getLogger("kvq")
     logger.setLevel(logging.INFO)
     logger.addHandler(TalkHandler())
@@ -84,6 +90,13 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a narrow locale shows `?` and does not end the run
     sys.exit(_run(args))
+
+
+def _open_closed_streams() -> None:
+    """`kvq … >&-` and a daemon's closed streams: nothing is read, and nobody listens."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def _follow_under_torchrun(args: list[str]) -> None:

@@ -68,7 +68,8 @@ class Session:
         self.records.append(record)
         self.rows += [{"label": record.label, "run": len(self.records) - 1} | row for row in rows]
         if not record.metrics.get("completed") and record.complete:
-            reason = next(iter(record.errors), "none was sent")
+            cancelled = record.metrics.get("cancelled")
+            reason = next(iter(record.errors), "all were cancelled" if cancelled else "none was sent")
             self.error = KvqError(
                 f"{record.name}: no request was completed: {reason}",
                 "mend what made them fail, and measure again",

@@ -355,10 +355,10 @@ def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _plan(values: dict[str, Any]) -> LoadPlan:
     own = ("num_prompts", "max_output_len", "warmup", "max_num_seqs")
     rate = None if values["request_rate"] == math.inf else values["request_rate"]
-    ramp = Ramp.parse(values["ramp_up"]) if values["ramp_up"] else None
+    ramp = None if values["ramp_up"] is None else Ramp.parse(values["ramp_up"])
     speed = values["trace_speed"]
     if values["dataset_name"] == "trace":
-        speed = speed or 1.0
+        speed = 1.0 if speed is None else speed
     elif speed is not None:
         raise UsageError("--trace-speed needs --dataset-name trace", "only a trace says when requests arrive")
     is_open = any(how is not None for how in (rate, ramp, speed))
@@ -372,7 +372,7 @@ def _plan(values: dict[str, Any]) -> LoadPlan:
         cancel_rate=values["cancel_rate"],
     )
     spec = WorkloadSpec(
-        name=values["dataset_name"] or "sharegpt",
+        name="sharegpt" if values["dataset_name"] is None else values["dataset_name"],
         path=values["dataset_path"],
         input_len=values["input_len"] or INPUT_LEN,
         output_len=values["output_len"],

@@ -57,10 +57,13 @@ def parse_size(text: str | int) -> int:
             f"`{text}` is not an amount of memory",
             "a number and a unit, as in `8GiB`, `512MiB` or `16GB` (GiB = 1024³ bytes, GB = 1000³)",
         )
-    size = int(float(match[1]) * unit)
-    if size < 1:
-        raise UsageError(f"`{text}` is no memory at all", "an amount above zero, as in `512MiB`")
-    return size
+    size = float(match[1]) * unit
+    if not 1 <= size < float("inf"):
+        raise UsageError(
+            f"`{text}` is {'no memory at all' if size < 1 else 'more than any memory'}",
+            "an amount above zero that a machine has, as in `512MiB`",
+        )
+    return int(size)
 
 
 def format_size(size: float) -> str:

@@ -169,7 +169,7 @@ def measure_servers(
     if output:
         check_output(output)
     models = [server.served_model or find_served_model(server.base_url, server.key) for server in servers]
-    tokenizer = _load_tokenizer(tokenizer_name or models[0])
+    tokenizer = _load_tokenizer(models[0] if tokenizer_name is None else tokenizer_name)
     session = Session(output, as_list=as_list)
     env = collect_env(seed=config.seed)
     available = len(dataset.entries) if dataset else None

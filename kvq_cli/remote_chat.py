@@ -124,7 +124,8 @@ def base_url(url: str) -> str:
     """Where `models` and `chat/completions` are: `/v1` where the URL has no path of its own."""
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL:
+        parsed.host.encode("idna")
+    except (httpx.InvalidURL, UnicodeError):  # the latter for names that can be none, as `a..b`
         parsed = httpx.URL("")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise UsageError(f"--url: `{url}` is no URL of a server", "as in `http://localhost:8000`")

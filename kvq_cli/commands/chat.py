@@ -69,6 +69,7 @@ def chat(
     kvq chat --url http://localhost:8000
     printf 'Hello!\\nAnd in French?\\n' | kvq chat
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # here Ctrl-C ends a line or an answer, not the program
     params = sampling_params(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -89,7 +90,7 @@ def chat(
         return
     if api_key_env is not None:
         raise UsageError("--api-key-env is for a server", "name it with `--url`")
-    model = model or DEFAULT_MODEL
+    model = DEFAULT_MODEL if model is None else model
     with open_pipeline(model, config) as pipe:
         if not has_chat_template(pipe):
             raise KvqError(

@@ -210,7 +210,7 @@ def compare(
         chosen = parse_policies(policies)
         _check_baseline(baseline, chosen, config)
         session = measure_policies(
-            model or DEFAULT_MODEL,
+            DEFAULT_MODEL if model is None else model,
             config,
             chosen,
             plan,

@@ -344,12 +344,12 @@ def _check(result: "Result", max_kl: float | None, max_ppl_increase: float | Non
     """`CheckFailed` where a policy is worse than what was asked for."""
     for row in result.rows:
         kl, increase = row.figures.kl, row.figures.ppl / result.reference_ppl - 1
-        if max_kl is not None and kl > max_kl:
+        if max_kl is not None and not kl <= max_kl:  # nor is NaN
             raise CheckFailed(
                 f"{row.policy.label}: KL divergence {kl:.5f} is above --max-kl {max_kl:g}",
                 "a policy with more bits, or `--sink 4 --recent 128`, drifts less",
             )
-        if max_ppl_increase is not None and increase > max_ppl_increase:
+        if max_ppl_increase is not None and not increase <= max_ppl_increase:
             raise CheckFailed(
                 f"{row.policy.label}: perplexity rises by {increase:.2%}, above --max-ppl-increase "
                 f"{max_ppl_increase:.2%}",

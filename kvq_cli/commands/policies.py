@@ -66,6 +66,7 @@ def policies(
     kvq policies --model qwen3-30b-a3b --kv-memory 16GiB
     kvq policies 42 int8:lm4 --sink 4 --recent 128
     """
+    DEFAULTS.replace(page_size=page_size)  # refuses what the engine would
     chosen = [get_policy(name) for name in names] if names else list(REGISTRY)
     chosen = [
         (policy.with_layers(layers or ()) if policy.is_quantized else policy).with_window(sink, recent)

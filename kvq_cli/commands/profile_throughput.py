@@ -50,11 +50,13 @@ def profile_throughput(
     if base_url is None:
         if load_processes > 1:
             raise UsageError("--load-processes needs --base-url", "an engine of our own needs no clients")
+        if api != "completions":
+            raise UsageError("--api needs --base-url", "an engine of our own is not asked over HTTP")
         if served_model is not None:
             raise UsageError("--served-model needs --base-url", "--model names the model that is run here")
         policy = config.resolved_policy()
         session = measure_policies(
-            model or DEFAULT_MODEL,
+            DEFAULT_MODEL if model is None else model,
             config,
             [policy],
             plan,

@@ -1,6 +1,5 @@
 """`kvq run`: answer prompts; text on stdout as it is made, talk on stderr."""
 
-import json as jsonlib
 import sys
 import time
 from pathlib import Path
@@ -143,10 +142,12 @@ def read_prompts(file: Path) -> list[str]:
     except OSError as error:
         raise KvqError(f"cannot read {file}: {error.strerror}", "check the path given to `--file`") from error
     if file.suffix != ".json":
-        prompts: Any = [line for line in text.splitlines() if line.strip()]
+        prompts: Any = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     else:
+        from kvq_core.bench.record import load_json
+
         try:
-            prompts = jsonlib.loads(text)
+            prompts = load_json(text)
         except ValueError as error:
             raise KvqError(
                 f"{file} is not valid JSON: {error}", 'a list of strings: ["Hi", "Why?"]'
@@ -160,7 +161,7 @@ def read_prompts(file: Path) -> list[str]:
 
 def _decode(data: bytes, what: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise KvqError(f"{what} is not valid UTF-8 (byte {error.start})", "convert it to UTF-8") from error
 

@@ -61,6 +61,7 @@ def serve(
         float,
         typer.Option(
             min=0,
+            max=24 * 3600,
             metavar="SECONDS",
             help="How long running requests may take to finish after Ctrl-C or SIGTERM.",
             rich_help_panel=SERVER_PANEL,

@@ -45,9 +45,9 @@ class Comparison:
         """What tells the records apart: name, and where that is not enough, concurrency or a number."""
         names = [record.name for record in self.records]
         if len({record.concurrency for record in self.records}) > 1:
-            names = [f"{name} c{r.concurrency}" for name, r in zip(names, self.records, strict=True)]
+            names = [_suffixed(name, "c", r.concurrency) for name, r in zip(names, self.records, strict=True)]
         if len({record.context for record in self.records}) > 1:
-            names = [f"{name} ctx{r.context}" for name, r in zip(names, self.records, strict=True)]
+            names = [_suffixed(name, "ctx", r.context) for name, r in zip(names, self.records, strict=True)]
         seen: Counter[str] = Counter()
         unique = []
         for name in names:
@@ -215,6 +215,10 @@ def compare_records(records: Sequence[RunRecord], baseline: str | None = None) -
     return Comparison(records, baselines, runs, measured)
 
 
+def _suffixed(name: str, unit: str, value: float | None) -> str:
+    return name if value is None else f"{name} {unit}{value}"
+
+
 def cell_of(record: RunRecord) -> tuple[float, float]:
     """(context, concurrency): the cell of a sweep; records of one are measured against each other."""
     return record.context or 0, record.concurrency or 0
@@ -237,7 +241,7 @@ def _find(records: Sequence[RunRecord], baseline: str) -> RunRecord:
 
 def _conditions(records: Sequence[RunRecord]) -> list[tuple[str, Callable[[RunRecord], Any]]]:
     """(name, getter) of everything that must agree for a comparison to be one of policies alone."""
-    packages = sorted({name for record in records for name in record.env.get("versions", {})})
+    packages = sorted({name for record in records for name in record.env.get("versions") or {}})
     engine = sorted({name for record in records for name in record.engine} - {*_ENGINE_MAY_DIFFER})
     same_model = len({_model(record) for record in records}) == 1
     # The same text is other token ids to another model, so that only its source can be compared.
@@ -260,7 +264,9 @@ def _ran_out(record: RunRecord) -> bool:
     """Whether a closed loop that was to last a while had nothing left to send."""
     work, seconds = record.workload, record.metrics.get("duration") or 0
     limit = work.get("duration_limit_s")
-    return limit is not None and work.get("loop") == "closed" and record.complete and seconds < limit
+    if limit is None or work.get("loop") != "closed" or not record.complete or record.metrics.get("unsent"):
+        return False
+    return seconds < limit
 
 
 def _model(record: RunRecord) -> str:

@@ -12,12 +12,15 @@ import h11
 import httpx
 
 from kvq_core.bench.http_client import CONNECT_SECONDS, HttpClient
+from kvq_core.bench.record import load_json
 from kvq_core.bench.target import BenchRequest, Event, TargetInfo, Usage
 from kvq_core.errors import KvqError, UsageError
 
 APIS = {"completions": "/completions", "chat": "/chat/completions"}
 """Name -> path under the base URL."""
 REASON_LENGTH = 160
+MOST_TOKENS = 1 << 40
+"""A usage block with more is wrong."""
 
 
 class Tokenizer(Protocol):
@@ -137,7 +140,7 @@ class HttpTarget:
                     raise _Failure(f"the stream broke off ({type(arrival).__name__})")
         except _Failure as failure:
             error = str(failure)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
             error = "the stream does not follow the API"
         del self._answers[index]
         if not isinstance(arrival, h11.EndOfMessage):
@@ -150,6 +153,8 @@ class HttpTarget:
         answer.check()
         if usage is not None:
             prompt, tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+            if not (0 <= prompt < MOST_TOKENS and 0 <= tokens < MOST_TOKENS):
+                raise ValueError("no number of tokens")
             cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
             self.cached += CachedTokens(cached, prompt)
             return prompt, tokens
@@ -209,8 +214,8 @@ class _Answer:
         data = line.removeprefix("data:").strip()
         if data == "[DONE]":
             return 0
-        chunk = json.loads(data)
-        if "error" in chunk:
+        chunk = load_json(data)
+        if chunk.get("error"):
             raise _Failure(_reason(data.encode()))
         self.usage = chunk.get("usage") or self.usage
         tokens = 0
@@ -229,14 +234,20 @@ class _Failure(Exception):
 
 def normalize_url(url: str) -> str:
     """`http://host:8000` and `http://host:8000/v1/` are the same: what precedes `/chat/completions`."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"`{url}` is not the URL of a server", "as in `--base-url http://127.0.0.1:8000`")
-    if parts.username or parts.query or parts.fragment:
+    if any(mark in url for mark in "@?#"):
         raise UsageError(
             "--base-url takes no user name, query or fragment",
             "a key comes from the environment: OPENAI_API_KEY, or --api-key-env NAME",
         )
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        sound = parts.scheme in ("http", "https") and host and parts.port != 0
+        sound = sound and url.isascii() and url.isprintable() and " " not in url
+    except ValueError:  # of the port, of brackets, of a name that can be none
+        sound = False
+    if not sound:
+        raise UsageError(f"`{url}` is not the URL of a server", "as in `--base-url http://127.0.0.1:8000`")
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else path + '/v1'}"
 
@@ -274,7 +285,7 @@ def find_served_model(base_url: str, key: str | None) -> str:
             "set OPENAI_API_KEY, or name another variable with --api-key-env",
         )
     try:
-        names = [str(model["id"]) for model in reply.json()["data"]]
+        names = [str(model["id"]) for model in load_json(reply.text)["data"]]
     except (ValueError, LookupError, TypeError):
         names = []
     if not names:
@@ -307,9 +318,10 @@ def _reason(body: bytes | bytearray) -> str:
     """What an error document says, in one short line."""
     text = body.decode("utf-8", "replace")
     try:
-        document = json.loads(text)
+        document = load_json(text)
         error = document.get("error", document) if isinstance(document, dict) else document
         text = error.get("message", text) if isinstance(error, dict) else str(error)
     except ValueError:
         pass
-    return " ".join(str(text).split())[:REASON_LENGTH] or "no reason given"
+    words = "".join(c if c.isprintable() else " " for c in str(text)).split()  # no codes for a terminal
+    return " ".join(words)[:REASON_LENGTH] or "no reason given"

@@ -1,7 +1,7 @@
 """Prompts and traces from a JSONL file: one request a line, replayed in the file's order."""
 
 import hashlib
-import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, cast
 
-from kvq_core.bench.record import read_bytes
+from kvq_core.bench.record import load_json, read_bytes
+from kvq_core.bench.sharegpt import is_unicode
 from kvq_core.bench.workload import Dataset, Tokenizer, Workload, WorkloadSpec, finish
 from kvq_core.errors import KvqError
 
@@ -40,7 +41,8 @@ def read_entries(path: Path, name: str) -> Dataset:
     """The lines of a file for `--dataset-name jsonl` or `trace`; `KvqError` naming the first wrong one."""
     data = read_bytes(path)
     entries = []
-    for number, line in enumerate(data.decode("utf-8-sig", "replace").splitlines(), 1):
+    # Not `splitlines`: JSON may hold other line breaks, as U+2028, inside its strings.
+    for number, line in enumerate(data.decode("utf-8-sig", "replace").split("\n"), 1):
         if line.strip():
             entries.append(_entry(line, name, f"{path}, line {number}"))
     if not entries:
@@ -66,9 +68,12 @@ def replay_entries(
     entries = cast(Sequence[Entry], dataset.entries)
     prompts, kept = [], []
     for number, entry in enumerate(entries):
-        ids = _token_ids(entry, tokenizer, vocab_size, f"tokens {spec.seed} {number}")
         output = entry.output_len or spec.output_len
-        if max_len is None or len(ids) + min(output, spec.max_output_len or output) <= max_len:
+        room = math.inf if max_len is None else max_len - min(output, spec.max_output_len or output)
+        if (entry.input_len or 0) > room and entry.prompt is None:
+            continue  # before so many tokens are made
+        ids = _token_ids(entry, tokenizer, vocab_size, f"tokens {spec.seed} {number}")
+        if len(ids) <= room:
             prompts.append((ids, output))
             kept.append(entry)
         if len(kept) >= spec.num_prompts + spec.num_warmup:
@@ -95,7 +100,7 @@ def replay_entries(
 
 def _entry(line: str, name: str, where: str) -> Entry:
     try:
-        document = json.loads(line)
+        document = load_json(line)
     except ValueError as error:
         raise KvqError(f"{where} is not JSON: {error}", FORMATS[name]) from error
     if not isinstance(document, dict):
@@ -106,11 +111,13 @@ def _entry(line: str, name: str, where: str) -> Entry:
     is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
     if (prompt is not None and not (isinstance(prompt, str) or is_ids)) or prompt in ("", []):
         raise KvqError(f"{where}: its `prompt` is neither text nor token ids", FORMATS[name])
+    if isinstance(prompt, str) and not is_unicode(prompt):
+        raise KvqError(f"{where}: its `prompt` has broken Unicode", "half a surrogate pair is no character")
     if any(length is not None and (type(length) is not int or length < 1) for length in lengths):
         raise KvqError(f"{where}: its lengths must be whole numbers above 0", FORMATS[name])
     if prompt is None and (name == "jsonl" or lengths[0] is None):
         raise KvqError(f"{where} has no prompt" + " and no `input_length`" * (name == "trace"), FORMATS[name])
-    if name == "trace" and not (isinstance(time, int | float) and time >= 0):
+    if name == "trace" and not (isinstance(time, int | float) and 0 <= time < math.inf):
         raise KvqError(f"{where} has no `timestamp` in milliseconds", FORMATS[name])
     if not (isinstance(blocks, list) and all(type(block) is int for block in blocks)):
         raise KvqError(f"{where}: its `hash_ids` are no list of whole numbers", FORMATS[name])

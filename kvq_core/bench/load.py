@@ -110,7 +110,7 @@ class Load:
         rates = self.ramp.rates(count) if self.ramp else [self.request_rate or 0.0] * count
         generator = random.Random(f"arrivals {self.seed}")
         times = list(accumulate(generator.gammavariate(self.burstiness, 1.0) / rate for rate in rates))
-        scale = sum(1 / rate for rate in rates) / times[-1]
+        scale = sum(1 / rate for rate in rates) / (times[-1] or math.inf)  # all zero: one burst
         return [time * scale for time in times]
 
     def cancellations(self, requests: Sequence[BenchRequest]) -> dict[int, int]:

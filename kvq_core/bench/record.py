@@ -27,7 +27,23 @@ REQUIRED = (
     "completed",
     "failed",
 )
-
+FIELDS: dict[type, tuple[str, ...]] = {
+    str: (
+        "note", "policy.name", "policy.key", "policy.value", "model.name", "model.dtype", "env.gpu",
+        "env.driver", "env.git_sha", "workload.dataset", "workload.name",
+    ),
+    float: (
+        "repeat", "part", "policy.sink", "policy.recent", "workload.concurrency", "workload.input_len",
+        "workload.mean_input_len", "workload.mean_output_len", "workload.num_prompts",
+        "workload.request_rate", "workload.burstiness", "workload.trace_speed", "workload.duration_limit_s",
+        "workload.cancel_rate", "workload.prefix_len", "workload.num_prefixes", "kv.bits_per_element",
+        "kv.bytes_per_token", "kv.capacity_tokens", "kv.capacity_ratio", "kv.peak_tokens",
+        "kv.preemptions", "kv.prefix_hit_rate",
+    ),
+    list: ("policy.layers",),
+    dict: ("errors", "env.versions", "workload.goodput", "kv.fidelity"),
+}  # fmt: skip
+"""What readers do more with than show it, by type; all may be missing, or null."""
 
 _NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")
 """A list of numbers over many lines, which is written on one; no string of JSON holds a line break."""
@@ -129,7 +145,8 @@ class RunRecord:
             "engine": self.engine,
             "workload": self.workload,
             "kv": self.kv,
-            **self.metrics,
+            # JSON has no NaN: the score of a broken model, say, is null.
+            **{key: value if _is_figure(value) else None for key, value in self.metrics.items()},
             "errors": self.errors,
         }
         extra = {
@@ -159,6 +176,7 @@ class RunRecord:
         missing = [key for key in REQUIRED if key not in document]
         wrong = [key for key in PARTS if not isinstance(document.get(key, {}), dict)]
         wrong += [key for key, value in document.items() if key.endswith("_ms") and not _is_figure(value)]
+        wrong = wrong or _wrong_fields(document)
         if missing or wrong:
             problem = f"lacks {', '.join(missing)}" if missing else f"has a wrong {', '.join(wrong)}"
             raise KvqError(f"{where} is a damaged run record: it {problem}", "measure it again")
@@ -180,7 +198,29 @@ class RunRecord:
 
 
 def _is_figure(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    """Null or a number; not NaN, which is none, nor one that no float holds."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and abs(value) <= sys.float_info.max)
+
+
+def _wrong_fields(document: dict[str, Any]) -> list[str]:
+    """Fields of a part whose type no reader expects, as an edit by hand may leave them."""
+    wrong = []
+    for kind, names in FIELDS.items():
+        for name in names:
+            part, _, key = name.rpartition(".")
+            value = (document.get(part, {}) if part else document).get(key)
+            if not (_is_figure(value) if kind is float else value is None or isinstance(value, kind)):
+                wrong.append(name)
+    for part in ("quantiles", "timeline"):
+        for key, values in document.get(part, {}).items():
+            if not (isinstance(values, list) and all(map(_is_figure, values))):
+                wrong.append(f"{part}.{key}")
+    try:
+        json.dumps(document, allow_nan=False)
+    except ValueError:
+        wrong.append("number: NaN or an infinity")
+    return wrong
 
 
 def read_records(paths: Iterable[Path]) -> list[RunRecord]:
@@ -229,7 +269,7 @@ def parse_json(data: bytes, path: Path) -> Any:
             "save it as UTF-8, or get the file again",
         ) from error
     try:
-        return json.loads(text)
+        return load_json(text)
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
         what = "ends in the middle of its JSON" if cut else f"is not JSON: {error.msg}"
@@ -239,10 +279,16 @@ def parse_json(data: bytes, path: Path) -> Any:
             if cut
             else "it must hold one JSON document",
         ) from error
+    except ValueError as error:
+        raise KvqError(f"{path} is not JSON: {error}", "it must hold one JSON document") from error
+
+
+def load_json(text: str) -> Any:
+    """`json.loads`, with a `ValueError` for text that is nested without end, too."""
+    try:
+        return json.loads(text)
     except RecursionError as error:
-        raise KvqError(
-            f"{path} is nested too deeply for JSON data", "it holds no data that kvq reads; check the path"
-        ) from error
+        raise ValueError("it is nested too deeply") from error
 
 
 def requests_path(path: Path) -> Path:
@@ -253,8 +299,8 @@ def requests_path(path: Path) -> Path:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of the requests of the records in `path`; none where there is no such file."""
     try:
-        lines = requests_path(path).read_text("utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        lines = requests_path(path).read_text("utf-8").split("\n")
+        return [load_json(line) for line in lines if line]
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -265,9 +311,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def check_output(path: Path, flag: str = "--output") -> None:
     """Make sure, before anything is measured, that `path` can be written; creates its folder."""
-    if path.is_dir():
-        raise KvqError(f"{path} is a folder", f"{flag} takes the name of a file")
     try:
+        if path.is_dir():
+            raise KvqError(f"{path} is a folder", f"{flag} takes the name of a file")
+        if path.name == "-" or (path.exists() and not path.is_file()):
+            # A file is replaced as a whole, by renaming: root would lose its /dev/null.
+            raise KvqError(
+                f"{flag} {path} is no file", f"{flag} takes the name of a file; stdout has `--json`"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass

@@ -200,7 +200,7 @@ def conditions(record: RunRecord) -> str:
     if work.get("num_prompts"):
         text += f": {work['num_prompts']} requests"
     if work.get("mean_input_len"):
-        text += f" of {work['mean_input_len']:.0f} + {work['mean_output_len']:.0f} tokens on average"
+        text += f" of {work['mean_input_len']:.0f} + {work.get('mean_output_len') or 0:.0f} tokens on average"
     if work.get("output_len_cap"):
         text += f", answers cut to {work['output_len_cap']}"
     if work.get("prefix_len"):

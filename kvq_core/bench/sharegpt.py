@@ -120,7 +120,7 @@ def read_conversations(document: Any, path: Path) -> tuple[list[tuple[str, str]]
         pair = _first_exchange(turns)
         if pair is None:
             dropped["without question and answer"] += 1
-        elif not all(map(_is_unicode, pair)):
+        elif not all(map(is_unicode, pair)):
             dropped["with broken Unicode"] += 1
         else:
             pairs.append(pair)
@@ -140,7 +140,7 @@ def _first_exchange(turns: list[dict[str, str]]) -> tuple[str, str] | None:
     return None
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """False for lone surrogates, which JSON can carry but no tokenizer takes."""
     try:
         text.encode()

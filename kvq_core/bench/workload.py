@@ -266,7 +266,8 @@ def requests_sha256(requests: Sequence[BenchRequest]) -> str:
 def _from_lengths(
     spec: WorkloadSpec, pairs: Sequence[tuple[int, int]], vocab_size: int, max_len: int | None
 ) -> Workload:
-    longest = max(pairs, key=sum)
+    cap = spec.max_output_len
+    longest = max(((n, min(output, cap or output)) for n, output in pairs), key=sum)
     if max_len is not None and sum(longest) > max_len:
         raise KvqError(
             f"a request of {longest[0]} + {longest[1]} tokens exceeds the {max_len} that the model holds",

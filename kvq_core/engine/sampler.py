@@ -30,7 +30,8 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     temperature = torch.tensor([d.params.temperature for d in draws], device=device)
     scores = logits.float() / temperature.clamp(min=1e-5)[:, None]
     if any(d.params.top_k or d.params.top_p < 1 for d in draws):
-        top_k = torch.tensor([d.params.top_k or logits.shape[-1] for d in draws], device=device)
+        vocab = logits.shape[-1]
+        top_k = torch.tensor([min(d.params.top_k or vocab, vocab) for d in draws], device=device)
         top_p = torch.tensor([d.params.top_p for d in draws], device=device)
         scores = _restrict(scores, top_k, top_p)
     keys = torch.tensor([_mix_host(d.seed, d.index) for d in draws], device=device)

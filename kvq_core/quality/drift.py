@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvq_core.errors import KvqError
+
 ROWS = 128
 """Predictions compared at a time: vocabularies are large."""
 
@@ -32,12 +34,22 @@ class Drift:
     same: list[Tensor] = field(default_factory=list)
 
     def add(self, reference: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """reference and logits [n, V], targets [n]: the tokens that came."""
+        """reference and logits [n, V], targets [n]: the tokens that came.
+
+        Raises `KvqError` where one of them is no number: means would hide it, or be none themselves.
+        """
         for start in range(0, targets.shape[0], ROWS):
             rows = slice(start, start + ROWS)
             wanted, given = _log_softmax(reference[rows]), _log_softmax(logits[rows])
-            self.kl.append((wanted.exp() * (wanted - given)).sum(-1).double().cpu())
-            self.nll.append(-given.gather(1, targets[rows, None])[:, 0].double().cpu())
+            kl = (wanted.exp() * (wanted - given)).sum(-1).double().cpu()
+            nll = -given.gather(1, targets[rows, None])[:, 0].double().cpu()
+            if not (kl.isfinite().all() and nll.isfinite().all()):
+                raise KvqError(
+                    "the model's predictions are no numbers (NaN or an infinity)",
+                    "a --dtype with a larger range, as bfloat16 or float32, or a sound checkpoint",
+                )
+            self.kl.append(kl)
+            self.nll.append(nll)
             self.same.append((wanted.argmax(-1) == given.argmax(-1)).cpu())
 
     def merge(self, other: "Drift") -> None:

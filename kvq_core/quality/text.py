@@ -39,7 +39,7 @@ class Windows:
 def read_text(path: Path) -> str:
     """A UTF-8 text file; raises `KvqError` where it is missing, empty or not UTF-8."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise KvqError(f"cannot read {path}: {error.strerror}", "check `--dataset-path`") from error
     except UnicodeDecodeError as error:

@@ -49,6 +49,11 @@ def test_prompts_of_a_file(workload):
     assert all(request.arrival is None for request in work.requests)
 
 
+def test_line_breaks_inside_a_string_are_no_line_breaks(workload):
+    line = json.dumps({"prompt": "one\u2028two\x85three four"}, ensure_ascii=False)
+    assert workload("jsonl", line + "\r").requests[0].input_len == 5
+
+
 def test_a_trace_is_replayed_by_its_timestamps(bench, workload):
     lines = [
         {"timestamp": 5000 + at, "input_length": length, "output_length": 2, "hash_ids": blocks}
@@ -80,9 +85,13 @@ def test_a_trace_is_replayed_by_its_timestamps(bench, workload):
         ("jsonl", {"input_length": 4}, "line 1 has no prompt"),
         ("jsonl", {"prompt": ""}, "neither text nor token ids"),
         ("jsonl", {"prompt": "x", "output_length": 0}, "whole numbers above 0"),
+        ("jsonl", {"prompt": "half \ud83d"}, "broken Unicode"),
+        ("jsonl", "[" * 200_000, "nested too deeply"),
         ("trace", {"input_length": 4}, "no `timestamp`"),
         ("trace", {"timestamp": 1}, "no `input_length`"),
         ("trace", {"timestamp": 1, "input_length": 4000}, "longer than the 2000 tokens"),
+        ("trace", {"timestamp": 1, "input_length": 10**15}, "longer than the 2000 tokens"),
+        ("trace", '{"timestamp": Infinity, "input_length": 4}', "no `timestamp`"),
     ],
 )
 def test_a_wrong_line_is_named(workload, name, line, message):

@@ -6,7 +6,7 @@ import sys
 import time
 import types
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 from kvq_cli import console
 from kvq_cli.app import main
+from kvq_cli.benchmark import Session
 from kvq_core.bench import record as record_module
 from kvq_core.bench.target import Event, TargetInfo, Usage
 from kvq_core.errors import KvqError
@@ -43,8 +44,8 @@ class Fakes:
 
 def fake_modules(fakes: Fakes) -> dict[str, types.ModuleType]:
     def load_model(name: str, **options: Any) -> Any:
-        if name == "missing":
-            raise KvqError("cannot find model 'missing'", "use another")
+        if name in ("", "missing"):
+            raise KvqError(f"cannot find model {name!r}", "use another")
         fakes.loads.append({"name": name, **options})
         layer = types.SimpleNamespace(key_dim=64, value_dim=64)
         geometry = types.SimpleNamespace(layers=(layer,), num_layers=1, vocab_size=100, max_model_len=2048)
@@ -245,11 +246,20 @@ def test_duration_rate_and_warm_up(kvq, fakes):
 def test_requests_that_run_out_before_the_duration_are_pointed_out(kvq, fakes):
     code, _, err = kvq("profile-throughput", *SMALL, "--duration", 60)
     assert code == 0 and "all 3 requests were sent before the 60 s of --duration were over" in err
+    code, _, err = kvq("profile-throughput", *SMALL, "--duration", 1e-9)
+    assert code == 1 and "none was sent" in err and "all 3 requests were sent" not in err
 
 
 def test_cancelled_requests(kvq, fakes):
     code, out, _ = kvq("profile-throughput", *SMALL, "--cancel-rate", 0.34)
     assert code == 0 and "34% cancelled" in out
+
+
+@pytest.mark.parametrize(("cancelled", "reason"), [(3, "all were cancelled"), (0, "none was sent")])
+def test_a_run_without_a_completed_request_says_why(bench, cancelled, reason):
+    session = Session(None, as_list=False)
+    session.add(replace(bench.record(), metrics={"completed": 0, "cancelled": cancelled}), [])
+    assert str(session.error) == f"0 none: no request was completed: {reason}"
 
 
 def test_an_infinite_rate_is_a_closed_loop(kvq, fakes):
@@ -452,7 +462,17 @@ def test_full_disk(kvq, fakes, tmp_path, monkeypatch):
     [
         (("profile-throughput", "--policy", "43"), 1, "unknown policy '43'"),
         (("profile-throughput", "--model", "missing"), 1, "cannot find model 'missing'"),
+        (("profile-throughput", "--model", ""), 1, "cannot find model ''"),
         (("profile-throughput", "--policy", "qjl"), 1, "qjl can't take head dim 64"),
+        (("profile-throughput", "--kv-memory", "9" * 400), 2, "more than any memory"),
+        (("profile-throughput", "--api", "chat"), 2, "--api needs --base-url"),
+        (("profile-throughput", "--ramp-up", ""), 2, "`` is no --ramp-up"),
+        (("profile-throughput", "--dataset-name", ""), 2, "unknown --dataset-name ``"),
+        (
+            ("profile-throughput", "--dataset-name", "trace", "--dataset-path", "t", "--trace-speed", "0"),
+            2,
+            "--trace-speed must be above 0",
+        ),
         (("profile-throughput", "--concurrency", "0"), 2, "--concurrency"),
         (("profile-throughput", "--num-prompts", "-3"), 2, "--num-prompts"),
         (("profile-throughput", "--max-output-len", "0"), 2, "--max-output-len"),

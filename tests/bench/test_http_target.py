@@ -1,6 +1,7 @@
 """The HTTP target against a small server on 127.0.0.1: what it sends, counts, times, and how it fails."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -207,6 +208,10 @@ def test_tokens_without_a_usage_block(server, finish, tokenizer, expected):
         ([choice("a"), b"data: {not json\n\n"], {}, "the stream does not follow the API"),
         ([data({"choices": [7]})], {}, "the stream does not follow the API"),
         ([data([])], {}, "the stream does not follow the API"),
+        ([b"data: " + b"[" * 200_000 + b"\n\n"], {}, "the stream does not follow the API"),
+        ([choice("a b", "length"), usage(-3, 2)], {}, "the stream does not follow the API"),
+        ([choice("a b", "length"), usage(3, 10**400)], {}, "the stream does not follow the API"),
+        ([choice("a b", "length"), usage(math.inf, 2)], {}, "the stream does not follow the API"),
         ([choice("a"), data({"error": {"message": "out of\n memory"}})], {}, "out of memory"),
         ([choice("", "length"), usage(3, 2), DONE], {}, "ended without a token that could be timed"),
         ([choice("a", "stop"), usage(3, 1), DONE], {}, "ended after 1 of 2 tokens"),
@@ -226,12 +231,20 @@ def test_a_stream_that_breaks_is_a_failed_request(bench, server, parts, headers,
         (400, b'{"error": "bad prompt"}', "HTTP 400: bad prompt"),
         (429, b"slow down", "HTTP 429: slow down"),
         (503, b"", "HTTP 503: no reason given"),
+        (500, b"\x1b[31mred\x00 alert", "HTTP 500: [31mred alert"),
+        (500, b"[" * 200_000, "HTTP 500: " + "[" * 160),
     ],
 )
 def test_http_errors_are_failed_requests_with_their_reason(bench, server, status, body, reason):
     server.status, server.script = status, lambda _: [body]
     result = replay(server, bench.requests(2))
     assert result.complete and [trace.error for trace in result.traces] == [reason] * 2
+
+
+def test_an_error_that_is_null_is_none(bench, server):
+    server.script = lambda body: [data({"choices": [{"text": "a"}], "error": None}), *completion(2)[1:]]
+    (trace,) = replay(server, bench.requests(1, output_len=2)).traces
+    assert trace.succeeded
 
 
 def test_failures_are_counted_and_the_others_measured(bench, server):
@@ -428,7 +441,14 @@ def test_base_urls(url):
     assert normalize_url(url) == "http://h:80/v1"
 
 
-@pytest.mark.parametrize("url", ["h:80", "ftp://h", "http://", "http://me:secret@h", "http://h/?key=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "h:80", "ftp://h", "http://", "http://me:secret@h", "http://me:secret@h:99999", "http://h/?key=1",
+        "http://h:99999", "http://h:x", "http://h:0", "http://[::1", "http://a..b", "http://h h",
+        "http://h/a b", "http://h/é", "http://é.org",
+    ],
+)  # fmt: skip
 def test_wrong_base_urls(url):
     with pytest.raises(UsageError) as caught:
         normalize_url(url)

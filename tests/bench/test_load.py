@@ -185,6 +185,10 @@ def test_intervals_have_the_rate_and_the_spread_asked_for(bench, burstiness):
     assert (gaps.std() / gaps.mean()) ** 2 == pytest.approx(1 / burstiness, rel=0.1)
 
 
+def test_intervals_too_small_for_a_float_are_one_burst(bench):
+    assert Load(request_rate=8.0, burstiness=1e-300).due_times(bench.requests(3)) == [0.0, 0.0, 0.0]
+
+
 def test_arrivals_follow_the_seed(bench):
     one, again, other = (
         Load(request_rate=2.0, seed=seed).due_times(bench.requests(50)) for seed in (1, 1, 2)

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import math
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from kvq_core.bench.record import (
     RunRecord,
     check_output,
     read_records,
+    read_rows,
     requests_path,
     without_folder,
     write_atomic,
@@ -28,6 +31,19 @@ def test_round_trip(bench, tmp_path):
     assert read_records([path]) == [record]
     assert (tmp_path / "r.requests.jsonl").read_text().splitlines() == ['{"index": 0}', '{"index": 1}']
     assert sorted(os.listdir(tmp_path)) == ["r.json", "r.requests.jsonl"]
+
+
+def test_rows_with_line_breaks_in_an_error_are_read_again(bench, tmp_path):
+    rows = [{"index": 0, "error": "one\u2028two\x85three"}, {"index": 1}]
+    write_records(tmp_path / "r.json", bench.record().to_dict(), rows)
+    assert read_rows(tmp_path / "r.json") == rows
+
+
+def test_a_figure_that_is_no_number_is_null(bench, tmp_path):
+    record = replace(bench.record(), metrics=bench.record().metrics | {"ppl": math.inf, "kl": math.nan})
+    write_records(tmp_path / "r.json", record.to_dict())
+    (read,) = read_records([tmp_path / "r.json"])
+    assert read.metrics["ppl"] is read.metrics["kl"] is None and read.metrics["completed"] == 2
 
 
 def test_lists_and_several_files(bench, tmp_path):
@@ -66,6 +82,7 @@ def test_the_names_that_scripts_rely_on(bench):
         (b'{"schema_version": 99}', "has schema version 99"),
         (b'{"schema_version": 1, "label": "x"}', "lacks complete, policy"),
         (b"[" * 200_000, "nested too deeply"),
+        (b"[" + b"1" * 5000 + b"]", "is not JSON: Exceeds the limit"),
     ],
 )  # fmt: skip
 def test_damaged_files(tmp_path, text, message):
@@ -76,9 +93,28 @@ def test_damaged_files(tmp_path, text, message):
     assert caught.value.exit_code == 1 and str(path) in caught.value.message
 
 
-@pytest.mark.parametrize("change", [{"kv": 3}, {"policy": None}, {"mean_ttft_ms": "fast"}])
-def test_wrong_types_are_damage(bench, change):
-    with pytest.raises(KvqError, match="damaged"):
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"kv": 3}, "kv"),
+        ({"policy": None}, "policy"),
+        ({"mean_ttft_ms": "fast"}, "mean_ttft_ms"),
+        ({"mean_ttft_ms": math.nan}, "mean_ttft_ms"),
+        ({"mean_ttft_ms": 10**400}, "mean_ttft_ms"),
+        ({"errors": 4}, "errors"),
+        ({"note": ["a"]}, "note"),
+        ({"policy": {"layers": 4}}, r"policy\.layers"),
+        ({"policy": {"key": ["int8"]}}, r"policy\.key"),
+        ({"env": {"versions": ["torch"]}}, r"env\.versions"),
+        ({"workload": {"concurrency": "many"}}, r"workload\.concurrency"),
+        ({"kv": {"capacity_tokens": "1,000"}}, r"kv\.capacity_tokens"),
+        ({"quantiles": {"ttft": 4}}, r"quantiles\.ttft"),
+        ({"timeline": {"running": ["a"]}}, r"timeline\.running"),
+        ({"model": {"layers": math.inf}}, "number: NaN or an infinity"),
+    ],
+)
+def test_wrong_types_are_damage(bench, change, where):
+    with pytest.raises(KvqError, match=f"damaged run record: it has a wrong {where}"):
         RunRecord.from_dict(bench.record().to_dict() | change, "x.json")
 
 
@@ -90,6 +126,19 @@ def test_a_model_in_a_folder_is_called_the_same_however_it_is_named(tmp_path, mo
         assert without_folder({"name": name, "dtype": "float32"}) == {"name": "mine", "dtype": "float32"}
     for name in ("Qwen/Qwen3-8B", "demo"):
         assert without_folder({"name": name}) == {"name": name}
+
+
+@pytest.mark.parametrize("part", ["policy", "model", "env", "workload", "kv"])
+@pytest.mark.parametrize("view", ["--json", "--csv", "--markdown", "--html"])
+def test_fields_that_are_missing_or_null_are_no_error(kvq, bench, write_json, tmp_path, part, view):
+    work = {"mean_input_len": 4.0, "mean_output_len": 5.0, "num_prompts": 2}
+    document = bench.record(workload=work).to_dict()
+    for fields in ([], *([key] for key in document[part])):
+        less = {key: None if key in fields else value for key, value in document[part].items() if fields}
+        less_of_it = write_json("less.json", document | {part: less})
+        flags = [view, tmp_path / "page.html"] if view == "--html" else [view]
+        code, _, err = kvq("compare", less_of_it, write_json("all.json", document), *flags)
+        assert code == 0 and "unexpected" not in err, (fields, err)
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -177,6 +226,12 @@ def test_output_is_checked_before_anything_is_measured(tmp_path):
         check_output(tmp_path / "file" / "r.json")
     with pytest.raises(KvqError, match="cannot write"):
         check_output(Path("/proc/nowhere/r.json"))
+    with pytest.raises(KvqError, match="File name too long"):
+        check_output(tmp_path / ("x" * 300))
+    os.mkfifo(tmp_path / "pipe")
+    for special in (Path("/dev/null"), tmp_path / "pipe", Path("-")):
+        with pytest.raises(KvqError, match=f"--html {special} is no file"):
+            check_output(special, "--html")
 
 
 def test_requests_lie_beside_the_record():

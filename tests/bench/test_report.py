@@ -64,6 +64,12 @@ def test_each_concurrency_has_its_own_baseline(bench):
     assert report.comparison_notes(comparison)[0] == "changes are against 0 none c1, 0 none c8"
 
 
+def test_names_say_lengths_and_concurrencies_where_there_are_any(bench):
+    fixed = bench.record("int8", 8, concurrency=1, workload={"input_len": 512})
+    replayed = bench.record("int8", 8, workload={"concurrency": None})
+    assert compare_records([fixed, replayed]).names == ["8 int8 c1 ctx512", "8 int8"]
+
+
 def test_what_grows_with_the_concurrency_may_differ_between_concurrencies(bench):
     grid = [
         bench.record(name, number, concurrency=c, workload={"num_prompts": 2 * c, "requests_sha256": str(c)})

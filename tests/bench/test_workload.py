@@ -219,6 +219,13 @@ def test_bad_lengths(write_json, pairs, message):
         build(spec, tokenizer=None, vocab_size=50, max_len=100)
 
 
+def test_lengths_that_fit_once_answers_are_cut(write_json):
+    path = write_json("pairs.json", [[60, 50]])
+    spec = WorkloadSpec(name="lengths", path=str(path), num_prompts=1, num_warmup=0, max_output_len=40)
+    (request,) = build(spec, tokenizer=None, vocab_size=50, max_len=100).requests
+    assert (request.input_len, request.output_len) == (60, 40)
+
+
 def test_fixed_and_random_lengths():
     spec = WorkloadSpec(name="fixed", num_prompts=5, num_warmup=2, input_len=12, output_len=34)
     workload = build(spec, tokenizer=None, vocab_size=50)

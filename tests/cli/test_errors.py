@@ -122,9 +122,20 @@ def test_reader_that_goes_away_is_no_error() -> None:
     assert process.returncode == 1
 
 
-def test_interrupt_while_loading() -> None:
+@pytest.mark.parametrize("closed", ["<", ">", "2>"])
+def test_streams_that_are_closed(closed: str) -> None:
+    kvq = f"exec {sys.executable} -m kvq_cli.app"
+    ended = subprocess.run(["sh", "-c", f"{kvq} policies {closed}&-"], capture_output=True, timeout=60)
+    assert ended.returncode == 0 and ended.stderr == b"" and (ended.stdout == b"") is (closed == ">")
+    failed = subprocess.run(["sh", "-c", f"{kvq} run {closed}&-"], input=b"", capture_output=True, timeout=60)
+    assert failed.returncode == 2 and failed.stdout == b""
+    assert (b"error: the prompt is empty" in failed.stderr) is (closed != "2>")
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+def test_interrupt_while_loading(sent: str) -> None:
     code = "import os, signal\n" + RAISE.format(
-        expression="os.kill(os.getpid(), signal.SIGINT) or SystemError"
+        expression=f"os.kill(os.getpid(), signal.{sent}) or SystemError"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signal.SIGINT

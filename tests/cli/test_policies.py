@@ -135,6 +135,11 @@ def test_windows_cost_capacity(cli) -> None:
     assert window["effective_bits_per_element"] > plain["effective_bits_per_element"] == 3.1875
 
 
+def test_pages_that_the_engine_refuses(cli) -> None:
+    result = cli("policies", "--model", "llama-2-7b", "--page-size", "17")
+    assert result.code == 2 and "--page-size must be a multiple of 16" in result.err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

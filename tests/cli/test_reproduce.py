@@ -1,4 +1,4 @@
-"""scripts/reproduce: its commands are ones that kvq takes."""
+"""scripts/reproduce: its commands are ones that kvq takes; and what scripts say of themselves."""
 
 import os
 import shlex
@@ -39,6 +39,17 @@ def test_commands_are_taken(tmp_path: Path) -> None:
 def test_says_what_is_wrong(names: tuple[str, ...], code: int, said: str, tmp_path: Path) -> None:
     done = run(*names, cwd=tmp_path)
     assert done.returncode == code and said in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["quickstart", "reproduce", "measure_tp", "slurm/submit_compare"])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_what_a_script_says_at_its_top_and_does_nothing(name: str, flag: str, tmp_path: Path) -> None:
+    script = SCRIPT.parent / name
+    environment = os.environ | {"KVQ_VENV": str(tmp_path / "venv"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([script, flag], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    top = [line[2:] for line in script.read_text().splitlines()[1:] if line.startswith("# ")]
+    assert done.returncode == 0 and done.stdout.splitlines()[0] == top[0] and not done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_file_of_lengths_is_named(tmp_path: Path) -> None:

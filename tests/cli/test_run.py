@@ -47,6 +47,19 @@ def test_prompts_from_a_file(name: str, text: str, cli, fake, tmp_path: Path) ->
     assert cli("run", "--file", str(tmp_path / name)).out == "re:one \nre:two 2 \n"
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("p.txt", "one\u2028two\r\nthree\r\n".encode("utf-8-sig")),
+        ("p.json", b'\xef\xbb\xbf["one two", "three"]'),
+    ],
+)
+def test_files_of_other_systems(name: str, data: bytes, cli, fake, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert cli("run", "--file", str(tmp_path / name)).out == "re:one two \nre:three \n"
+    assert cli("run", stdin=b"\xef\xbb\xbfone\n").out == "re:one \n"
+
+
 def test_json_is_one_document(cli, fake) -> None:
     result = cli("run", "--prompt", "a b", "--prompt", "c", "--json", "--policy", "int8:lm4")
     document = json.loads(result.out)
@@ -136,6 +149,7 @@ def test_mistakes(args: list[str], code: int, message: str, cli, fake) -> None:
         ("p.txt", b"ok\n\xff\xfe", "is not valid UTF-8 (byte 3)"),
         ("p.json", b"", "is not valid JSON"),
         ("p.json", b'["a", "b"', "is not valid JSON"),
+        ("p.json", b"[" * 200_000, "is not valid JSON: it is nested too deeply"),
         ("p.json", b"[]", "holds no prompt"),
         ("p.json", b'{"prompt": "a"}', "is no list of prompts"),
         ("p.json", b'["a", 1]', "is no list of prompts"),

@@ -103,6 +103,16 @@ def test_no_drift_from_itself() -> None:
     assert (figures.kl, figures.kl_p99, figures.top1) == (0.0, 0.0, 1.0)
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_predictions_that_are_no_numbers_have_no_figures(broken: float) -> None:
+    sound, targets = torch.randn(9, 5), torch.zeros(9, dtype=torch.int64)
+    wrong = sound.clone()
+    wrong[4, 2] = broken
+    for reference, given in ((wrong, wrong), (sound, wrong)):
+        with pytest.raises(KvqError, match="no numbers"):
+            Drift().add(reference, given, targets)
+
+
 @pytest.mark.parametrize(
     ("policy", "head_dim", "bits"),
     [
@@ -276,6 +286,11 @@ def test_bad_texts(tmp_path: Path, content: bytes | None, message: str) -> None:
     with pytest.raises(KvqError, match=message) as caught:
         read_text(path)
     assert caught.value.hint
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfcall me")
+    assert read_text(tmp_path / "text.txt") == "call me"
 
 
 def test_the_shipped_text() -> None:

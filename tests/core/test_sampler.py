@@ -33,6 +33,7 @@ def test_frequencies_are_the_softmax(temperature: float) -> None:
 
 def test_top_k_keeps_the_k_most_likely() -> None:
     assert set(draw(2000, temperature=3.0, top_k=2).tolist()) == {3, 1}
+    assert draw(50, temperature=3.0, top_k=10**30).tolist() == draw(50, temperature=3.0).tolist()
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:

@@ -139,9 +139,13 @@ def test_mistakes_of_a_chat() -> None:
     assert done.returncode == 1 and "nothing answers at http://127.0.0.1:9/v1" in done.stderr
     done = kvq("chat", "--url", "localhost")
     assert done.returncode == 2 and "is no URL of a server" in done.stderr
+    done = kvq("chat", "--url", "http://a..b")
+    assert done.returncode == 2 and "is no URL of a server" in done.stderr
     for flags in (("--policy", "42"), ("--no-prefix-caching",)):
         done = kvq("chat", "--url", "http://localhost:1", *flags)
         assert done.returncode == 2 and "exclude each other" in done.stderr
+    done = kvq("serve", "--shutdown-timeout", "inf")
+    assert done.returncode == 2 and "'--shutdown-timeout'" in done.stderr
     done = kvq("chat", "--api-key-env", "KEY")
     assert done.returncode == 2 and "--url" in done.stderr
 
