@@ -179,10 +179,10 @@ class Warp:
             if line.guard:
                 active = self.names[line.guard] ^ line.negated
             name = line.operation
-            if name.startswith("bra") or name == "ret":
+            if name.startswith("bra") or name in ("ret", "exit"):
                 assert active.all() or not active.any(), f"lanes part at {line}"
                 if active.all():
-                    if name == "ret":
+                    if name in ("ret", "exit"):
                         break
                     at = self.program.targets[at]
                     continue

@@ -39,7 +39,7 @@ AXES = {
     "head_dim": (64, 128),
     "group": (1, 3, 4, 8),
     "feature": tuple(FEATURES),
-    "splits": (1, 2, 3, 5),
+    "splits": (1, 2, 3, 4, 8, 13),
     "dtype": (torch.bfloat16, torch.float16),
 }  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_decode(axes: dict) -> None:
 
 FAULTS = {
     "a step is read before its copies are there": ("cp.async.wait_group 3", "cp.async.wait_group 4"),
-    "a part counts itself twice": ("atom.global.inc.u32", "mov.b32"),
+    "warps do not meet": ("bar.sync 0", "bar.warp.sync 0xffffffff"),
     "weights are not transposed": ("movmatrix.sync.aligned.m8n8.trans.b16", "mov.b32"),
     "a table's levels are permuted": ("0x77777777", "0x67777777"),
 }

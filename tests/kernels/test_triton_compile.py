@@ -75,7 +75,7 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
         with monkeypatch.context() as portable:
             portable.setattr(warp_decode, "has_products", lambda device: False)
             decode(problem, paged_decode.paged_decode, splits=4, **biased)
-        for splits in (warp_decode._MOST_MERGED, warp_decode._MOST_MERGED_SHORT + 1):
+        for splits in (1, 4, 7, 16):  # one or several warps of one or several programs
             decode(problem, paged_decode.paged_decode, splits=splits, **biased)
         prefill(chunked, paged_prefill.paged_prefill, **biased)
     specialized = name in SPECIALIZED_CASES and capability == 90
