@@ -157,9 +157,9 @@ def _scores(loaded, query, tables, start0, start1, all0, all1, SCHEME: tl.conste
             factor_a, factor_b = _half(loaded[2 * WORDS], 0), _half(loaded[2 * WORDS], 1)
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
     else:
-        COUNT: tl.constexpr = 8 if SCHEME == "turbo" else 4
-        TABLES: tl.constexpr = ptx.tables_held(SCHEME)
-        EXTRA: tl.constexpr = 3 if SCHEME == "turbo" else TABLES
+        TURBO: tl.constexpr = SCHEME == "turbo" or SCHEME == "turbo-whole"
+        COUNT: tl.constexpr = 8 if TURBO else 4
+        EXTRA: tl.constexpr = ptx.tables_held(SCHEME) + (2 if TURBO else 0)
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D),
             ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + EXTRA)),
@@ -169,9 +169,10 @@ def _scores(loaded, query, tables, start0, start1, all0, all1, SCHEME: tl.conste
         a0, a1 = r[0].to(tl.float32), r[1].to(tl.float32)
         b0, b1 = r[2].to(tl.float32), r[3].to(tl.float32)
         factor_a, factor_b = _half(loaded[2 * WORDS], 0), _half(loaded[2 * WORDS], 1)
-        if SCHEME == "turbo":
-            residual_a = _half(loaded[2 * WORDS + 1], 0) * (2.0 / ptx.TURBO_UNIT)
-            residual_b = _half(loaded[2 * WORDS + 1], 1) * (2.0 / ptx.TURBO_UNIT)
+        if TURBO:
+            UNIT: tl.constexpr = (2.0 if SCHEME == "turbo" else 1.0) / ptx.TURBO_UNIT
+            residual_a, residual_b = _half(loaded[2 * WORDS + 1], 0), _half(loaded[2 * WORDS + 1], 1)
+            residual_a, residual_b = residual_a * UNIT, residual_b * UNIT
             for i in tl.static_range(4, 8):
                 r = r[0:i] + (r[i].to(tl.float32, bitcast=True) - ptx.AS_BITS,) + r[i + 1 :]
             a0, a1 = a0 + r[4] * residual_a, a1 + r[5] * residual_a
@@ -190,7 +191,8 @@ def _scores(loaded, query, tables, start0, start1, all0, all1, SCHEME: tl.conste
 
 @triton.constexpr_function
 def _key_unit(scheme: str) -> float:
-    return {"turbo": ptx.TURBO_UNIT, "lm4": ptx.LM4_UNIT, "fp8": 256.0}.get(scheme, 1.0)
+    units = {"lm4": ptx.LM4_UNIT, "fp8": 256.0} | dict.fromkeys(ptx.TURBO, ptx.TURBO_UNIT)
+    return units.get(scheme, 1.0)
 
 
 @triton.constexpr_function
@@ -411,6 +413,8 @@ def _warp_decode_kernel(
     unit0 = prepared[QUERY].to(tl.float32, bitcast=True) * _key_unit(KEY)
     unit1 = prepared[QUERY + 1].to(tl.float32, bitcast=True) * _key_unit(KEY)
     start0, start1 = ptx.AS_BITS_ZERO - prepared[QUERY + 2] * 64, ptx.AS_BITS_ZERO - prepared[QUERY + 3] * 64
+    if KEY == "turbo-whole":
+        start0, start1 = ptx.AS_BITS_ZERO + prepared[QUERY + 4], ptx.AS_BITS_ZERO + prepared[QUERY + 5]
     all0, all1 = prepared[QUERY + 4].to(tl.float32), prepared[QUERY + 5].to(tl.float32)
     power0, power1 = unit0 * (scale * LOG2E), unit1 * (scale * LOG2E)
     if CAP:
@@ -595,6 +599,8 @@ def launch(
     requests, query_heads, head_dim = query.shape
     heads = layout.num_kv_heads
     key, value = _schemes(layout)
+    if key == "turbo" and layout.dtype == torch.float16:
+        key = "turbo-whole"
     if has_e4m3(query.device):
         key, value = ("e4m3" if scheme == "fp8" else scheme for scheme in (key, value))
     tile, registers = _shape(key, value, head_dim)

@@ -25,7 +25,9 @@ import triton.language as tl
 
 from kvq_kernels.codebook import LEVELS
 
-NIBBLE_KEYS = ("turbo", "lm4", "int4")
+TURBO = ("turbo", "turbo-whole")
+"""The same bytes: residual signs meet the query's high bytes, or both, as fp16 has digits for."""
+NIBBLE_KEYS = (*TURBO, "lm4", "int4")
 PLAIN = ("bf16", "fp16")
 """Not quantized: the model's dtype."""
 FP8 = ("fp8", "e4m3")
@@ -120,7 +122,7 @@ def tile_bytes(key: str, value: str, dim: int, tokens: int) -> int:
 @triton.constexpr_function
 def key_numbers(scheme: str) -> int:
     """fp16 numbers beside the codes of a key."""
-    return 0 if scheme in PLAIN else 2 if scheme in ("turbo", "int4", "int8") else 1
+    return 0 if scheme in PLAIN else 2 if scheme in (*TURBO, *BIASED) else 1
 
 
 @triton.constexpr_function
@@ -131,8 +133,8 @@ def value_numbers(scheme: str) -> int:
 
 @triton.constexpr_function
 def tables_held(scheme: str) -> int:
-    """Registers of look-up tables, see `held_constants`."""
-    return {"turbo": 1, "lm4": 2}.get(scheme, 0)
+    """Registers of look-up tables and the like, see `held_constants`."""
+    return {"turbo": 1, "turbo-whole": 2, "lm4": 2}.get(scheme, 0)
 
 
 @triton.constexpr_function
@@ -306,11 +308,11 @@ class _Code:
             ]
         result = []
         for word in words:
-            if scheme == "turbo":
+            if scheme in TURBO:
                 looked_up = [(TURBO_LEVELS, self.do("and.b32", word, "0x77777777"))]
             else:
                 looked_up = [(LM4_LEVELS[:8], word), (LM4_LEVELS[8:], self.do("xor.b32", word, "0x88888888"))]
-            for first, (levels, index) in zip(held, looked_up, strict=True):
+            for first, (levels, index) in zip(held, looked_up, strict=False):
                 table = first, self.table(levels)[1]
                 upper = self.do("shr.u32", index, "16")
                 result.append((self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)))
@@ -603,15 +605,15 @@ class _Blocks:
     @staticmethod
     def scores(scheme: str, dim: int) -> str:
         """One step's scores. Outputs: for tokens a, b and heads 2t, 2t + 1: a0, a1, b0, b1: integers
-        Σ q·code in units of `unit`; for turbo then the bits of as many AS_BITS + R, where R is ½ Σ q·(sign of
-        the residual). For fp8 and unquantized keys floats.
+        Σ q·code in units of `unit`; for turbo then the bits of as many AS_BITS + R, where R is Σ q·(sign of
+        the residual), or half as much where that is 64 Σ high·sign. For fp8 and unquantized keys floats.
 
-        Inputs: words of tokens a and b, the query's registers, tables of `held_constants`, and for turbo
-        AS_BITS_ZERO - 64 Σ high of both heads.
+        Inputs: words of tokens a and b, the query's registers, those of `held_constants`, and for turbo
+        AS_BITS_ZERO + Σ q of both heads, or AS_BITS_ZERO - 64 Σ high.
         """
         code, words = _Code(), key_words(scheme, dim)
         registers, high = query_registers(scheme, dim)
-        count = 8 if scheme == "turbo" else 4
+        count = 8 if scheme in TURBO else 4
         outputs = code.operands(0, count)
         a, b = code.operands(count, words), code.operands(count + words, words)
         query = code.operands(count + 2 * words, registers)
@@ -651,6 +653,21 @@ class _Blocks:
                     sums = [code.do("mad.lo.s32", x, "16", starts[i % 2]) for i, x in enumerate(sums)]
             for output, x in zip(outputs[4:], sums, strict=True):
                 code.add(f"mov.b32 {output}, {x}")
+        if scheme == "turbo-whole":
+            starts = code.operands(count + 2 * words + registers + len(held), 2)
+            highs, lows = ([code.do("mov.b32", "0") for _ in range(4)] for _ in range(2))
+            for i in range(words):
+                # 1 where the sign is negative, a nibble's highest bit 0; else the sign of that 1: nothing
+                rows = []
+                for word in (a[i], b[i]):
+                    upper = code.do("shr.u32", word, "16")
+                    rows.append([code.do("prmt.b32", held[1], held[1], half) for half in (word, upper)])
+                operand = [rows[0][0], rows[1][0], rows[0][1], rows[1][1]]
+                for sums, part in ((highs, query[:high]), (lows, query[high:])):
+                    code.mma("s32.u8.s8.s32", sums, operand, part[2 * i : 2 * i + 2], sums)
+            for i, (output, x, y) in enumerate(zip(outputs[4:], highs, lows, strict=True)):
+                total = code.do("mad.lo.s32", y, "-2", starts[i % 2])
+                code.add(f"mad.lo.s32 {output}, {x}, -256, {total}")
         return code.text()
 
     @staticmethod
@@ -886,16 +903,18 @@ class _Blocks:
 
     @staticmethod
     def held_constants(scheme: str) -> str:
-        """Lower halves of look-up tables, which `prmt` takes from a register alone, then 2 where keys of
-        `scheme` let values be multiplied; the input is unused.
+        """Lower halves of look-up tables, which `prmt` takes from a register alone, for turbo-whole four
+        ones, then 2 where keys of `scheme` let values be multiplied; the input is unused.
 
         ptxas must not know them for constants, or it moves them anew each time (and shifts): 1, the number of
         lanes that equal this one, is added on the way.
         """
         code = _Code()
         one = code.do("popc.b32", code.do("mov.u32", "%lanemask_eq"))
-        tables = {"turbo": [TURBO_LEVELS], "lm4": [LM4_LEVELS[:8], LM4_LEVELS[8:]]}[scheme]
+        tables = [LM4_LEVELS[:8], LM4_LEVELS[8:]] if scheme == "lm4" else [TURBO_LEVELS]
         numbers = [int(code.table(table)[0], 16) for table in tables]
+        if scheme == "turbo-whole":
+            numbers.append(0x01010101)
         for i, number in enumerate(numbers + [2] * multiplies(scheme)):
             code.add(f"add.s32 ${i}, {one}, {number - 1}")
         return code.text()

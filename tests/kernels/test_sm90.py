@@ -67,6 +67,19 @@ def test_decode(axes: dict) -> None:
     check(out, problem)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_residuals_meet_all_digits_of_fp16(head_dim: int, seed: int) -> None:
+    """Half of the query's would do for bf16, and come out at twice the error of torch here."""
+    case = Case(
+        "turbo", "lm2", key_dim=head_dim, value_dim=head_dim, kv_heads=1, group=4, window=50,
+        contexts=(1, 63, 64, 65, 300, 200), page_size=64, dtype=torch.float16, seed=seed,
+    )  # fmt: skip
+    problem = build(case, reference.store, reference.store_raw)
+    with recording(paged_decode, warp_decode, run=True):
+        check(decode(problem, paged_decode.paged_decode), problem)
+
+
 FAULTS = {
     "a step is read before its copies are there": ("cp.async.wait_group 3", "cp.async.wait_group 4"),
     "warps do not meet": ("bar.sync 0", "bar.warp.sync 0xffffffff"),
