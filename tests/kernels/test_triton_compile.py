@@ -61,8 +61,8 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
     problem = build(case, reference.store, reference.store_raw)
     chunked = build(replace(case, chunks=(40,)), reference.store, reference.store_raw)
     with recording(quantize_store, paged_decode, paged_prefill, history_gluon, warp_decode) as launches:
-        for few in (0, quantize_store._FEW):
-            monkeypatch.setattr(quantize_store, "_FEW", few)
+        for lanes in (4, 8, 16):
+            monkeypatch.setattr(quantize_store, "_FEW_LANES", {2**20: lanes} if lanes > 4 else {})
             quantize_store.store(
                 problem.keys[0], problem.values[0], problem.pages, problem.slots, problem.layout
             )

@@ -249,12 +249,14 @@ def test_codes_do_not_depend_on_the_launch(codec: str, head_dim: int) -> None:
     layout = PageLayout(get_codec(codec), get_codec(codec), 64, 2, head_dim, head_dim, WIDE)
     x = torch.randn(600, 2, head_dim, device="cuda", dtype=WIDE)
     slots = torch.randperm(64 * 20, device="cuda")[:600] + 64
-    together, apart = (layout.empty_pages(21, "cuda") for _ in range(2))
+    together = layout.empty_pages(21, "cuda")
     dispatch.store(x, -x, together, slots, layout)
-    for start in range(0, 600, 50):
-        some = slice(start, start + 50)
-        dispatch.store(x[some], -x[some], apart, slots[some], layout)
-    assert torch.equal(together, apart)
+    for count in (50, 300):
+        apart = layout.empty_pages(21, "cuda")
+        for start in range(0, 600, count):
+            some = slice(start, start + count)
+            dispatch.store(x[some], -x[some], apart, slots[some], layout)
+        assert torch.equal(together, apart), count
 
 
 def test_decode_in_a_graph_follows_the_context() -> None:
