@@ -20,6 +20,7 @@ from kvq_core.models.source import hub_reachable
 from kvq_core.policies import Policy
 from kvq_core.quality import local_data, retrieval
 from kvq_core.quality.perplexity import Progress, effective_bits
+from kvq_core.quality.text import check_context_len
 
 OWN: dict[str, Callable[..., list[dict[str, str]]]] = {
     "needle": retrieval.needles,
@@ -74,7 +75,8 @@ def evaluate_tasks(
 
     A name is one of `OWN`, one of `LOCAL` where a folder is given, a YAML file's in that folder, or one of
     lm-evaluation-harness's own, whose data come from the hub.
-    Raises `KvqError` where lm-evaluation-harness is missing, a task is unknown or its data can't be had.
+    Raises `KvqError` where lm-evaluation-harness is missing, a task is unknown, its data can't be had or
+    its samples are longer than the model takes.
     """
     for policy in policies:
         check_head_dims(model.geometry, policy)
@@ -175,8 +177,10 @@ def _spec(
     from datasets import Dataset
 
     if name in OWN:
-        room = min(context_len, lm.loaded.geometry.max_model_len)
-        rows: list[dict[str, Any]] = OWN[name](lambda text: len(lm.tok_encode(text)), room, samples, seed)
+        check_context_len(lm.loaded, context_len)
+        rows: list[dict[str, Any]] = OWN[name](
+            lambda text: len(lm.tok_encode(text)), context_len, samples, seed
+        )
     elif folder is not None and name in LOCAL:
         rows = local_data.read_samples(name, folder)
     else:

@@ -57,14 +57,19 @@ def sample_text() -> tuple[str, str]:
     return "\n\n".join(str(turn) for pair in dataset.pairs for turn in pair), dataset.name
 
 
+def check_context_len(model: LoadedModel, context_len: int) -> None:
+    """Raises `UsageError` where the model takes no windows of so many tokens."""
+    longest = model.geometry.max_model_len
+    if not 2 <= context_len <= longest:
+        raise UsageError(f"--context-len must lie in 2 … {longest} for {model.name}, got {context_len}")
+
+
 def cut_windows(model: LoadedModel, text: str, name: str, *, context_len: int, limit: int = 0) -> Windows:
     """Tokenize without a beginning-of-text token and cut; `limit` 0 takes all windows.
 
     A last window that is not full is dropped. Raises `KvqError` for a text shorter than one window.
     """
-    longest = model.geometry.max_model_len
-    if not 2 <= context_len <= longest:
-        raise UsageError(f"--context-len must lie in 2 … {longest} for {model.name}, got {context_len}")
+    check_context_len(model, context_len)
     if model.tokenizer is None:
         raise KvqError(f"{model.name} has no tokenizer", "measure quality with a model that has one")
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -158,6 +158,8 @@ def test_mistakes_are_told(model: LoadedModel, folder: Path, tmp_path: Path) -> 
     none = parse_policies("none")
     with pytest.raises(KvqError, match="no task 'lambda'"):
         tasks.evaluate_tasks(model, ["lambda"], none, folder=folder)
+    with pytest.raises(KvqError, match="must lie in 2 … 1024"):
+        tasks.evaluate_tasks(model, ["needle"], none, context_len=1025)
     with pytest.raises(KvqError, match="is no folder"):
         tasks.check_names(["lambada"], tmp_path / "nowhere")
     with pytest.raises(KvqError, match=r"holds no file lambada\*.jsonl"):
