@@ -149,14 +149,15 @@ def test_a_single_job_that_fails_says_so(cluster):
 
 
 def test_policies_by_concurrencies_end_in_one_comparison(cluster, tmp_path):
-    grid = {"KVQ_POLICIES": "0,42,int8:lm4", "KVQ_CONCURRENCIES": "16,64", "KVQ_OUT": str(tmp_path / "out")}
+    layered = "42@0,1,-2,-1=8"
+    grid = {"KVQ_POLICIES": f"0,{layered},int8:lm4", "KVQ_CONCURRENCIES": "16,64", "KVQ_OUT": str(tmp_path / "out")}
     sbatch = {"KVQ_SBATCH": "--partition=gpu --account=me", "KVQ_MAX_JOBS": "2"}
     done = cluster("submit_compare", "--model", "demo", **grid, **sbatch)
     assert done.returncode == 0, done.stderr
     assert "submitted 6 cells as job 101, the comparison as job 102" in done.stderr
     assert done.stdout.strip() == str(tmp_path / "out")
     calls = lines(tmp_path / "kvq.log")
-    cells = [(p, c) for c in ("16", "64") for p in ("0", "42", "int8:lm4")]
+    cells = [(p, c) for c in ("16", "64") for p in ("0", layered, "int8:lm4")]
     assert [tuple(call.split()[2:5:2]) for call in calls[:-1]] == cells
     assert all(call.endswith("--model demo") for call in calls[:-1])
     assert calls[-1].startswith("compare ") and calls[-1].count(".json") == 7
