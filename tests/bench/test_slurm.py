@@ -150,7 +150,11 @@ def test_a_single_job_that_fails_says_so(cluster):
 
 def test_policies_by_concurrencies_end_in_one_comparison(cluster, tmp_path):
     layered = "42@0,1,-2,-1=8"
-    grid = {"KVQ_POLICIES": f"0,{layered},int8:lm4", "KVQ_CONCURRENCIES": "16,64", "KVQ_OUT": str(tmp_path / "out")}
+    grid = {
+        "KVQ_POLICIES": f"0,{layered},int8:lm4",
+        "KVQ_CONCURRENCIES": "16,64",
+        "KVQ_OUT": str(tmp_path / "out"),
+    }
     sbatch = {"KVQ_SBATCH": "--partition=gpu --account=me", "KVQ_MAX_JOBS": "2"}
     done = cluster("submit_compare", "--model", "demo", **grid, **sbatch)
     assert done.returncode == 0, done.stderr
