@@ -52,6 +52,15 @@ def signs_of_hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Te
     return (hadamard_matrix(size, torch.float64, torch.device("cpu")).sign()).to(device, dtype)
 
 
+@lru_cache(maxsize=16)
+def walsh_operand(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The 16 × 16 signs of `walsh_by_products`, [32, 8]: by threads of a warp, as m16n8k16 wants them."""
+    lane, i = torch.arange(32)[:, None], torch.arange(8)[None, :]
+    row = lane % 4 << 2 | i & 3
+    column = (lane >> 3) << 2 | i >> 2 << 1 | lane >> 2 & 1  # sums of a thread's elements become its own
+    return hadamard_matrix(16, torch.float64, torch.device("cpu")).sign()[row, column].to(device, dtype)
+
+
 @lru_cache(maxsize=32)
 def qjl_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """√D · H · Sᵀ · √(π/2)/D, [D, D]: x @ it is the query that meets the signs of `qjl` (of keys)."""
@@ -94,25 +103,26 @@ def walsh(x, R: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def walsh_by_products(x, zero, R: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr):
+def walsh_by_products(x, operand, zero, R: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr):
     """√D · H x + zero for every row of x [R, D] of 16 bits, as `load_rows` leaves it in LANES lanes.
 
     A product with 16 × 16 signs takes the dims of quarters and dims 2 and 0, in any number of lanes: what is
     loaded are its operands as they lie in registers (m16n8k16), and sums lie in the lanes of their elements.
+    Of joined loads the compiler gives a thread four columns in a row, of one load 2t, 2t + 1, 2t + 8, 2t + 9.
     """
     OUTER: tl.constexpr = LANES // 4
     INNER: tl.constexpr = D // (LANES * 8)
     NEAR: tl.constexpr = min(R, 8 // OUTER)  # rows among the lanes of a warp
     FAR: tl.constexpr = R // NEAR
-    k = tl.arange(0, 16)
-    n = (k >> 1 & 3) << 2 | k >> 3 << 1 | k & 1  # a thread has columns 2t, 2t + 1, 2t + 8 and 2t + 9
-    odd = 0x6996 >> (k[:, None] & n[None, :])  # its last bit: whether the number of common bits is odd
-    ONE: tl.constexpr = 0x3F80 if x.dtype == tl.bfloat16 else 0x3C00
-    signs = (odd << 15 & 0x8000 | ONE).to(tl.uint16).to(x.dtype, bitcast=True)
+    signs = tl.load(operand + tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :])
+    signs = tl.reshape(signs, (8, 4, 2, 2, 2))
+    signs = tl.permute(signs, (3, 1, 4, 2, 0) if INNER == 1 else (1, 3, 4, 2, 0))
+    signs = tl.reshape(signs, (16, 16))
     m = tl.arange(0, INNER * R * 2 * OUTER)
     first = (m < R * 2 * OUTER) & (m // (NEAR * OUTER) % 2 == 0) & (m % OUTER == 0)  # of those summed below
     start = tl.where(first, zero, 0.0)
-    x = tl.permute(tl.reshape(x, (FAR, NEAR, 4, OUTER, INNER, 2, 2, 2)), (4, 0, 6, 1, 3, 2, 5, 7))
+    x = tl.reshape(x, (FAR, NEAR, 4, OUTER, INNER, 2, 2, 2))
+    x = tl.permute(x, (4, 0, 6, 1, 3, 5, 2, 7) if INNER == 1 else (4, 0, 6, 1, 3, 2, 5, 7))
     x = tl.reshape(x, (INNER * R * 2 * OUTER, 16))
     x = tl.dot(x, signs, tl.broadcast_to(start[:, None], x.shape))
     x = tl.reshape(x, (INNER, FAR, 2, NEAR, OUTER, 2, 4, 2))

@@ -8,8 +8,10 @@ sides of zero: magnitudes are coded, signs set last. Divisions by a row's number
 the rotated codecs approximate to the last place or two.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kvq_kernels.bits import load_square
 from kvq_kernels.codebook import LARGEST, LEVELS, thresholds
@@ -32,7 +34,7 @@ def load_rows(
 
     A row lies in LANES lanes of a warp, quarters of it in lanes 0 to 3 and others that differ by multiples of
     4, which suits products of matrices. Chunks of 16 bytes a lane are loaded as tiles that leave Triton no
-    other layout, whichever of the outer dims it gives lanes to first: rows stand on both sides of the lanes.
+    other layout, or, of more rows than a warp has lanes for, whose first dims it gives lanes to first.
     """
     INNER: tl.constexpr = 32 // LANES if LANES * R >= 32 else R
     CHUNK: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
@@ -40,16 +42,16 @@ def load_rows(
     OUTER: tl.constexpr = max(LANES // 4, 1)
     lane = tl.arange(0, LANES)
     d = (lane % 4 * OUTER + lane // 4) * (COUNT * CHUNK)
-    d = d[None, :, None, None] + tl.arange(0, CHUNK)[None, None, None, :]
-    row = first + (tl.arange(0, R // INNER) * INNER)[:, None] + tl.arange(0, INNER)[None, :]
-    row = row[:, None, :, None]
+    d = d[:, None, None, None] + tl.arange(0, CHUNK)[None, None, None, :]
+    row = first + tl.arange(0, INNER)[:, None] + (tl.arange(0, R // INNER) * INNER)[None, :]
+    row = row[None, :, :, None]
     rows = base + row.to(tl.int64) * stride
     x = _chunk(rows, row < tokens, d, OUTER, D, DP)
     if COUNT == 1:
-        x = tl.permute(x, (0, 3, 2, 1, 4))
+        x = tl.permute(x, (3, 2, 1, 0, 4))
     elif COUNT == 2:
         x = tl.join(x, _chunk(rows, row < tokens, d + CHUNK, OUTER, D, DP))
-        x = tl.permute(x, (0, 3, 2, 1, 5, 4))
+        x = tl.permute(x, (3, 2, 1, 0, 5, 4))
     else:
         tl.static_assert(COUNT == 4)
         x = tl.join(x, _chunk(rows, row < tokens, d + 2 * CHUNK, OUTER, D, DP))
@@ -57,15 +59,15 @@ def load_rows(
             _chunk(rows, row < tokens, d + CHUNK, OUTER, D, DP),
             _chunk(rows, row < tokens, d + 3 * CHUNK, OUTER, D, DP),
         )
-        x = tl.permute(tl.join(x, y), (0, 3, 2, 1, 5, 6, 4))
+        x = tl.permute(tl.join(x, y), (3, 2, 1, 0, 5, 6, 4))
     return tl.reshape(x, (R, DP))
 
 
 @triton.jit
 def _chunk(rows, mask, d, OUTER: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """[·, LANES, ·, CHUNK], lanes as [OUTER, up to 4]."""
+    """[LANES, ·, ·, CHUNK], lanes as [OUTER, up to 4]."""
     x = tl.load(rows + d, mask=mask if D == DP else mask & (d < D), other=0.0)
-    return tl.reshape(x, (x.shape[0], OUTER, x.shape[1] // OUTER, x.shape[2], x.shape[3]))
+    return tl.reshape(x, (OUTER, x.shape[0] // OUTER, x.shape[1], x.shape[2], x.shape[3]))
 
 
 # --- pieces -------------------------------------------------------------------------------------------------
@@ -73,9 +75,9 @@ def _chunk(rows, mask, d, OUTER: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
 
 @triton.jit
 def _total(x):
-    """Sums over rows of x [R, DP], the same to the last bit in any number of lanes up to 8."""
-    parts = tl.sum(tl.reshape(x, (x.shape[0], 2, 2, 2, x.shape[1] // 8)), 4)
-    return tl.sum(tl.sum(tl.sum(parts, 3), 2), 1)
+    """Sums over rows of x [R, DP], the same to the last bit in any number of lanes up to 16."""
+    parts = tl.sum(tl.reshape(x, (x.shape[0], 2, 2, 2, 2, x.shape[1] // 16)), 5)
+    return tl.sum(tl.sum(tl.sum(tl.sum(parts, 4), 3), 2), 1)
 
 
 @triton.jit
@@ -182,6 +184,55 @@ def _within(x, D: tl.constexpr):
     return x if DP == D else tl.where((tl.arange(0, DP) < D)[None, :], x, 0.0)
 
 
+# --- the projection of qjl ----------------------------------------------------------------------------------
+
+PARTS = 4
+"""Programs that can share the projection of some vectors: each has every fourth four of its columns."""
+_PARTS = tl.constexpr(PARTS)
+
+
+def projection_operand(projection: Tensor) -> Tensor:
+    """A matrix [D, D] that `project` multiplies with, D a power of two from 64 on: in its operands' order.
+
+    Rows (k) are dims of vectors as threads have them in 4 lanes, four of each quarter in a product of 16;
+    columns (n) are such that a thread gets what belongs to these dims.
+    """
+    size = len(projection)
+    tile, half, steps, column, quarter, step, of_four = torch.meshgrid(
+        *(torch.arange(n) for n in (size // 16, 2, size // 32, 8, 4, 2, 4)), indexing="ij"
+    )
+    k = quarter * (size // 4) + (steps * 2 + step) * 4 + of_four
+    n = (column // 2) * (size // 4) + tile * 4 + half * 2 + column % 2
+    return projection.cpu()[k, n].to(projection.device)
+
+
+@triton.jit
+def load_operand(projection, part, D: tl.constexpr):
+    """A part of the matrix: [32, D / 64, D / 32, 8] for either half of the columns, 16 bytes a thread."""
+    STEPS: tl.constexpr = D // 32
+    tile = tl.arange(0, D // 16 // _PARTS) * _PARTS + part
+    i = (tile * 2 * STEPS)[None, :, None, None] + tl.arange(0, STEPS)[None, None, :, None]
+    i = (i * 32 + tl.arange(0, 32)[:, None, None, None]) * 8 + tl.arange(0, 8)[None, None, None, :]
+    return tl.load(projection + i), tl.load(projection + STEPS * 256 + i)
+
+
+@triton.jit
+def _project(x, first, second):
+    """Signs of x [R, D] fp16 times a part of the matrix -> words [R, D / 16]: the highest bits of nibbles.
+
+    Operands are joined, from which the compiler takes it that a thread has four rows (k) in a row.
+    """
+    D: tl.constexpr = x.shape[1]
+    N: tl.constexpr = D // _PARTS
+    y = tl.reshape(tl.join(first, second), (8, 4, N // 16, D // 32, 2, 4, 2))
+    y = tl.reshape(tl.permute(y, (3, 4, 1, 5, 2, 6, 0)), (D, N))
+    x = tl.permute(tl.reshape(x, (x.shape[0], 4, D // 16, 4)), (0, 2, 1, 3))
+    z = tl.dot(tl.reshape(x, (x.shape[0], D)), y)
+    z = tl.permute(tl.reshape(z, (x.shape[0], N // 16, 2, 4, 2)), (0, 3, 1, 2, 4))
+    z = tl.reshape(z, (x.shape[0], N))
+    return _pack(tl.where(z >= 0, 8.0, 0.0), 4, 4, 0.0)
+
+
 # --- Lloyd-Max codes ----------------------------------------------------------------------------------------
 
 
@@ -203,29 +254,31 @@ def _above(x, edge):
 
 
 @triton.jit
-def _nearest(size, FIRST: tl.constexpr, SCALE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
-    """size ≥ 0 -> FIRST + index of the magnitude nearest to size · SCALE, and that magnitude, 0 beyond D.
+def _nearest(size, FIRST: tl.constexpr, inverse, BITS: tl.constexpr, D: tl.constexpr):
+    """size ≥ 0 -> FIRST + index of the magnitude nearest to size / inverse, and that magnitude, 0 beyond D.
 
     A binary search; what is compared with next is picked by multiplying with 0 or 1.
     """
     if BITS == 2:
         A: tl.constexpr = _MAGNITUDES_2
-        low = _above(size, _EDGES_2[0] / SCALE)
+        low = _above(size, _EDGES_2[0] * inverse)
         index = low + FIRST
         level = _pick2(low, A[0], A[1])
     elif BITS == 3:
         B: tl.constexpr = _MAGNITUDES_3
         E: tl.constexpr = _EDGES_3
-        high = _above(size, E[1] / SCALE)
-        low = _above(size, _pick2(high, E[0] / SCALE, E[2] / SCALE))
+        high = _above(size, E[1] * inverse)
+        low = _above(size, tl.fma(high, (E[2] - E[0]) * inverse, E[0] * inverse))
         index = (high * 2 + FIRST) + low
         level = _pick4(high, low, B[0], B[1], B[2], B[3])
     else:
         C: tl.constexpr = _MAGNITUDES_4
         F: tl.constexpr = _EDGES_4
-        top = _above(size, F[3] / SCALE)
-        high = _above(size, _pick2(top, F[1] / SCALE, F[5] / SCALE))
-        low = _above(size, _pick4(top, high, F[0] / SCALE, F[2] / SCALE, F[4] / SCALE, F[6] / SCALE))
+        top = _above(size, F[3] * inverse)
+        high = _above(size, tl.fma(top, (F[5] - F[1]) * inverse, F[1] * inverse))
+        first = tl.fma(top, (F[4] - F[0]) * inverse, F[0] * inverse)
+        step = tl.fma(top, (F[6] - F[4] - F[2] + F[0]) * inverse, (F[2] - F[0]) * inverse)
+        low = _above(size, tl.fma(high, step, first))
         index = (high * 2 + (top * 4 + FIRST)) + low
         step = _pick4(top, high, C[1] - C[0], C[3] - C[2], C[5] - C[4], C[7] - C[6])
         level = low * step + _pick4(top, high, C[0], C[2], C[4], C[6])
@@ -233,45 +286,60 @@ def _nearest(size, FIRST: tl.constexpr, SCALE: tl.constexpr, BITS: tl.constexpr,
 
 
 @triton.jit
+def _candidate(k, CANDIDATES: tl.constexpr):
+    """CANDIDATES[k] and its inverse, to the same bit whether or not the compiler knows k."""
+    candidate, inverse = CANDIDATES[0], 1.0 / CANDIDATES[0]
+    for j in tl.static_range(1, len(CANDIDATES)):
+        candidate = tl.where(k == j, CANDIDATES[j], candidate)
+        inverse = tl.where(k == j, 1.0 / CANDIDATES[j], inverse)
+    return candidate, inverse
+
+
+@triton.jit
 def _try(
-    size, SCALE: tl.constexpr, SCHEME: tl.constexpr, BITS: tl.constexpr, RESIDUAL: tl.constexpr,
+    size, candidate, inverse, SCHEME: tl.constexpr, BITS: tl.constexpr, RESIDUAL: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    """Of codes of size · SCALE: their product with size, their square, and turbo's residual scale, [R]."""
+    """Of codes of size · candidate: their product with size, their square, and turbo's residual scale, [R].
+
+    The candidate's inverse comes with it. What could be rounded in two ways is not left to the compiler.
+    """
     if BITS == 2:  # both follow from the larger magnitudes' number and sum
         A: tl.constexpr = _MAGNITUDES_2
-        large = _above(size, _EDGES_2[0] / SCALE)
-        dot = A[0] * _total(size) + (A[1] - A[0]) * _total(large * size)
-        square = A[0] * A[0] * D + (A[1] * A[1] - A[0] * A[0]) * _total(large)
+        large = _above(size, _EDGES_2[0] * inverse)
+        dot = tl.fma(_total(large * size), A[1] - A[0], A[0] * _total(size))
+        square = A[0] * A[0] * D + (A[1] * A[1] - A[0] * A[0]) * tl.sum(large, 1)
     else:
-        _, level = _nearest(size, 0.0, SCALE, BITS, D)
+        _, level = _nearest(size, 0.0, inverse, BITS, D)
         dot = _total(size * level)
         square = _total(level * level)
     scale = dot * 0.0
     if SCHEME == "turbo":
-        rest = size * SCALE - level
+        rest = size * candidate - level
         length = _total(tl.abs(rest))
         if RESIDUAL == "abs":
             scale = (length * (1.0 / D)).to(tl.float16).to(tl.float32)
         else:
             scale = tl.sqrt(_total(rest * rest) * (1.0 / D)).to(tl.float16).to(tl.float32)
-        # codes are level + scale · sign of rest, and Σ level · sign = SCALE · Σ size · sign - Σ |rest|
+        # codes are level + scale · sign of rest, and Σ level · sign = candidate · Σ size · sign - Σ |rest|
         signed = _total(_flip(size, rest))
-        square += scale * (2 * (SCALE * signed - length) + scale * D)
+        square += scale * (2 * (candidate * signed - length) + scale * D)
         dot += scale * signed
     return dot, square, scale
 
 
 @triton.jit
 def _store_rotated(
-    x, base, page_stride, slot, mask, projection,
+    x, base, page_stride, slot, mask, projection, part,
     SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
     ANCHOR: tl.constexpr, OFFSET: tl.constexpr, BYTES: tl.constexpr, META: tl.constexpr,
-    D: tl.constexpr, P: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, PROJECTION: tl.constexpr,
 ):  # fmt: skip
     """Lloyd-Max codes of x [R, DP]: √D times the rotated vectors, zero beyond D, no zero before."""
     BITS: tl.constexpr = 2 if SCHEME == "lm2" else (4 if SCHEME == "lm4" else 3)
-    size = tl.minimum(tl.abs(x), _LARGEST * D**0.5, propagate_nan=tl.PropagateNan.ALL)
+    size = tl.abs(x)
+    if NORM != "plain" or len(CANDIDATES) > 1:  # infinities would meet in quotients
+        size = tl.minimum(size, _LARGEST * D**0.5, propagate_nan=tl.PropagateNan.ALL)
     power = _total(size * size)
     norm = _to_half(tl.sqrt(power) * (1.0 / D)).to(tl.float32)
     inverse = _over(1.0, norm * D**0.5)
@@ -282,15 +350,21 @@ def _store_rotated(
         unit, length = tl.where(norm == 0, 0.0, _over(1.0, peak)), peak * inverse
     size = size * unit[:, None]
 
-    chosen = tl.full(norm.shape, CANDIDATES[0], tl.float32)
-    dot, square, scale = _try(size, CANDIDATES[0], SCHEME, BITS, RESIDUAL, D)
-    for k in tl.static_range(1, len(CANDIDATES)):
-        dot2, square2, scale2 = _try(size, CANDIDATES[k], SCHEME, BITS, RESIDUAL, D)
-        better = dot2 * dot2 * square > dot * dot * square2
-        chosen = tl.where(better, CANDIDATES[k], chosen)
-        scale, dot = tl.where(better, scale2, scale), tl.where(better, dot2, dot)
-        square = tl.where(better, square2, square)
-    size = size * CANDIDATES[0] if len(CANDIDATES) == 1 else size * chosen[:, None]
+    if len(CANDIDATES) == 1:
+        dot, square, scale = _try(size, CANDIDATES[0], 1.0 / CANDIDATES[0], SCHEME, BITS, RESIDUAL, D)
+        size = size * CANDIDATES[0]
+    else:  # unrolled, trials of more than 2 bits keep too much of long parts of vectors in registers at once
+        UNROLLED: tl.constexpr = len(CANDIDATES) if BITS == 2 or x.shape[0] * x.shape[1] <= 512 else 1
+        dot, square, scale = norm * 0.0, norm * 0.0 + 1.0, norm * 0.0
+        chosen = scale + CANDIDATES[0]
+        for k in tl.range(len(CANDIDATES), loop_unroll_factor=UNROLLED):
+            candidate, over = _candidate(k, CANDIDATES)
+            dot2, square2, scale2 = _try(size, candidate, over, SCHEME, BITS, RESIDUAL, D)
+            better = dot2 * dot2 * square > dot * dot * square2
+            chosen = tl.where(better, candidate, chosen)
+            scale, dot = tl.where(better, scale2, scale), tl.where(better, dot2, dot)
+            square = tl.where(better, square2, square)
+        size = size * chosen[:, None]
     FIRST: tl.constexpr = (
         -3.5 if SCHEME == "turbo" else (-1.5 if SCHEME == "lm3" else (0.0 if SCHEME == "lm2" else 0.5))
     )
@@ -306,7 +380,7 @@ def _store_rotated(
     if SCHEME == "qjl":
         rest = size - level
         scale = tl.sqrt(_total(rest * rest))
-        projected = tl.dot(_flip(rest, x).to(tl.float16), load_square(projection, D, x.shape[1]))
+        rest = _flip(rest, x).to(tl.float16)
     codes, meta = _place(base, page_stride, slot, OFFSET, BYTES, META, P)
     tl.store(meta, _to_half(factor), mask=mask)
     if SCHEME == "turbo" or SCHEME == "qjl":
@@ -315,10 +389,31 @@ def _store_rotated(
             # the nibble above the middle of all sixteen, which a negative element has as far below it
             code = _flip((size >= level).to(tl.float32) * 8 + index, x)
             words = _pack(code, 4, 4, 7.5)
-        else:
+            _store_words(codes, words, mask, 0, D // 4)
+        elif PROJECTION == "square":
+            projected = tl.dot(rest, load_square(projection, D, x.shape[1]))
             code = _flip(index, x) + tl.where(projected >= 0, 8.0, 0.0)
-            words = _pack(code, 4, 4, 3.5)
-        _store_words(codes, words, mask, 0, D // 4)
+            _store_words(codes, _pack(code, 4, 4, 3.5), mask, 0, D // 4)
+        else:
+            words = _pack(_flip(index, x), 4, 4, 3.5)
+            if PROJECTION == "part":
+                words = tl.reshape(words, (x.shape[0], D // 4 // _PARTS, _PARTS)).to(tl.int32)
+                words = tl.sum(tl.where(tl.arange(0, _PARTS)[None, None, :] == part, words, 0), 2)
+                words = words.to(tl.uint16) | _project(rest, projection[0], projection[1])
+                at = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + part
+                at = at[:, None] + (tl.arange(0, D // 4 // _PARTS) * _PARTS)[None, :]
+                tl.store(at, words, mask=mask[:, None])
+            else:
+                first, second = load_operand(projection, 0, D)
+                signs0 = _project(rest, first, second)
+                first, second = load_operand(projection, 1, D)
+                signs1 = _project(rest, first, second)
+                first, second = load_operand(projection, 2, D)
+                signs2 = _project(rest, first, second)
+                first, second = load_operand(projection, 3, D)
+                signs3 = _project(rest, first, second)
+                signs = tl.join(tl.join(signs0, signs2), tl.join(signs1, signs3))
+                _store_words(codes, words | tl.reshape(signs, words.shape), mask, 0, D // 4)
     elif SCHEME == "lm4":
         _store_words(codes, _pack(_flip(index, x), 4, 4, 7.5), mask, 0, D // 4)
     elif SCHEME == "lm3":
@@ -336,15 +431,17 @@ def _store_rotated(
 
 @triton.jit
 def store_rows(
-    x, base, page_stride, slot, mask, projection,
+    x, base, page_stride, slot, mask, projection, part,
     SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
     ANCHOR: tl.constexpr, ROTATED: tl.constexpr, HAS_E4M3: tl.constexpr, OFFSET: tl.constexpr,
     BYTES: tl.constexpr, META: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    PROJECTION: tl.constexpr,
 ):  # fmt: skip
     """Encode x [R, DP], zero beyond D, to the slots [R] of a head whose block in page 0 lies at `base`.
 
     Codes lie OFFSET bytes into a block, BYTES a row, metadata META bytes. Rotated vectors come times √D.
-    HAS_E4M3: the GPU converts to it.
+    HAS_E4M3: the GPU converts to it. PROJECTION of qjl: by the `square` matrix, by its `operands`, or by a
+    `part` of them, which comes loaded, for that part of the codes.
     """
     DP: tl.constexpr = x.shape[1]
     d = tl.arange(0, DP)
@@ -354,8 +451,8 @@ def store_rows(
         tl.store(typed[:, None] + d[None, :], x.to(DTYPE), mask=mask[:, None] & (d < D)[None, :])
     elif ROTATED:
         _store_rotated(
-            x, base, page_stride, slot, mask, projection, SCHEME, NORM, RESIDUAL, CANDIDATES, ANCHOR,
-            OFFSET, BYTES, META, D, P,
+            x, base, page_stride, slot, mask, projection, part, SCHEME, NORM, RESIDUAL, CANDIDATES, ANCHOR,
+            OFFSET, BYTES, META, D, P, PROJECTION,
         )  # fmt: skip
     else:
         x = x.to(tl.float32)

@@ -1,5 +1,4 @@
 """Decode: one query per request over its pages, split over the sequence, partials merged in a second launch.
-`warp_decode.py` merges few in the same one.
 
 One program serves all G query heads of a kv head, so that every byte of the cache is read once. This is the
 portable path: plain Triton, any architecture, every codec.
@@ -30,7 +29,6 @@ from kvq_kernels.exponent import LOG2E, cap, exponent_unit
 from kvq_kernels.key_bias import KeyBias
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 from kvq_kernels.quantize_store import DTYPES, check_pages, has_products, unit_stride
-from kvq_kernels.warp_ptx import part_floats
 
 _MIN_TILES = 2
 """Tiles of tokens that a split has at least: below that, starting a program costs more than its work."""
@@ -400,6 +398,9 @@ def paged_decode(
         splits = warp_decode.num_splits(requests, layout, reach, _multiprocessors(query.device))
     elif splits is None:
         splits = num_splits(requests, layout, triton.cdiv(reach, tokens), _multiprocessors(query.device))
+    warps = 1
+    if by_warps:
+        splits, warps = warp_decode.by_program(layout, splits)
     parts = splits + (raw is not None)
     device, value_dim = query.device, layout.value_dim
     leave = out is not None
@@ -407,11 +408,8 @@ def paged_decode(
         out = torch.empty(requests, query_heads, value_dim, dtype=query.dtype, device=device)
     if not requests:
         return out
-    merge = by_warps and raw is None and warp_decode.merges(layout, out, splits, reach)
-    per_part = (
-        (layout.num_kv_heads, parts, part_floats(value_dim)) if merge else (query_heads, parts, value_dim)
-    )
-    partial = torch.empty(requests, *per_part, dtype=torch.float32, device=device)
+    merge = by_warps and raw is None and warp_decode.merges(out, splits)
+    partial = torch.empty(requests, query_heads, parts, value_dim, dtype=torch.float32, device=device)
     partial2 = torch.empty_like(partial) if layout.value.scheme == "qjl" else partial
     stats = torch.empty(requests, query_heads, parts, 2, dtype=torch.float32, device=device)
     matrix, matrix2 = key_matrices(layout.key, key_dim, query.dtype, device)
@@ -421,8 +419,8 @@ def paged_decode(
     if by_warps:
         warp_decode.launch(
             query, pages, block_tables, context_lens, layout, partial, stats, out,
-            scale=scale, softcap=softcap, window=window, sinks=sinks, sink=sink, recent=recent, splits=splits,
-            merge=merge, leave=leave, early=early,
+            scale=scale, softcap=softcap, window=window, sinks=sinks, sink=sink, recent=recent,
+            programs=splits, warps=warps, merge=merge, leave=leave, early=early,
         )  # fmt: skip
         if merge:
             return out

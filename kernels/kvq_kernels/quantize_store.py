@@ -7,18 +7,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh, walsh_by_products
+from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh, walsh_by_products, walsh_operand
 from kvq_kernels.codebook import qjl_projection
-from kvq_kernels.encode import load_rows, store_rows
+from kvq_kernels.encode import PARTS, load_operand, load_rows, projection_operand, store_rows
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _LANES = 4
 """Lanes that share a vector, where it is long enough: fewer have less to exchange, and more to do in turn."""
-_FEW = 256
-"""Tokens up to which a store is bound by latency: vectors in more lanes, their bytes the same."""
-_FEW_LANES = 8
+_FEW_LANES = {512: 16, 1024: 8}
+"""Up to so many keys a store is bound by latency: they lie in more lanes and become the same bytes. With the
+values, 512 in 16 lanes are a warp for every quarter of 128 multiprocessors, as are 1,024 in 8 lanes."""
+_QJL_BY_OPERANDS = True
+"""Whether qjl's projection is a product of operands as they lie in memory, in one warp, or of the matrix."""
+_QJL_ROWS = 16
+"""Rows of such a program where tokens are many: 16, or 8, half as many registers and twice the products."""
+_QJL_FEW_LANES = 8
+"""Lanes where they are few, and programs share a projection: 8 or 16."""
 _ZERO = tl.constexpr(-1e-30)
+_PARTS = tl.constexpr(PARTS)
 
 
 @triton.jit
@@ -45,10 +52,21 @@ def _load(
     else:
         x = load_rows(base, stride, first, tokens, D, DP, R, LANES)
         if ROTATED and PRODUCTS and LANES >= 4:
-            x = walsh_by_products(x, _ZERO, R, D, LANES)
+            x = walsh_by_products(x, matrix, _ZERO, R, D, LANES)
         elif ROTATED:
             x = walsh(x.to(tl.float32), R, D) + _ZERO
     return x, slot
+
+
+@triton.jit
+def _operand(projection, part, PROJECTION: tl.constexpr, D: tl.constexpr):
+    """`projection`, or a part of it that is asked for here: the compiler would do so when it is needed."""
+    if PROJECTION == "part":
+        operand = load_operand(projection, part, D)
+        tl.debug_barrier()
+    else:
+        operand = projection
+    return operand
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -64,7 +82,8 @@ def _store_kernel(
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
     DTYPE: tl.constexpr, HAS_E4M3: tl.constexpr, R: tl.constexpr, KEY_LANES: tl.constexpr,
-    VALUE_LANES: tl.constexpr, PRODUCTS: tl.constexpr,
+    VALUE_LANES: tl.constexpr, PRODUCTS: tl.constexpr, KEY_PROJECTION: tl.constexpr,
+    VALUE_PROJECTION: tl.constexpr,
 ):  # fmt: skip
     """R tokens of one kv head a program; K and V are programs of their own."""
     head = tl.program_id(1)
@@ -72,26 +91,32 @@ def _store_kernel(
     first = tl.program_id(0) * R
     token = first + tl.arange(0, R)
     mask = token < tokens
-    if tl.program_id(2) == 0:
+    KEY_PARTS: tl.constexpr = _PARTS if KEY_PROJECTION == "part" else 1
+    part = tl.program_id(2)
+    if part < KEY_PARTS:
+        key_operand = _operand(key_projection, part, KEY_PROJECTION, DK)
         source = key + head * key_head_stride
         x, slot = _load(
             slots, source, key_token_stride, first, tokens, key_rotation,
             KEY, KEY_ROTATED, DK, DKP, R, KEY_LANES, PRODUCTS,
         )  # fmt: skip
         store_rows(
-            x, base, page_stride, slot, mask, key_projection, KEY, KEY_NORM, KEY_RESIDUAL,
+            x, base, page_stride, slot, mask, key_operand, part, KEY, KEY_NORM, KEY_RESIDUAL,
             KEY_CANDIDATES, KEY_ANCHOR, KEY_ROTATED, HAS_E4M3, 0, KEY_BYTES, META_OFFSET, DTYPE, DK, P,
+            KEY_PROJECTION,
         )  # fmt: skip
     else:  # other names than above, for other shapes
+        part -= KEY_PARTS
+        value_operand = _operand(value_projection, part, VALUE_PROJECTION, DV)
         target = value + head * value_head_stride
         y, slot = _load(
             slots, target, value_token_stride, first, tokens, value_rotation,
             VALUE, VALUE_ROTATED, DV, DVP, R, VALUE_LANES, PRODUCTS,
         )  # fmt: skip
         store_rows(
-            y, base, page_stride, slot, mask, value_projection, VALUE, VALUE_NORM, VALUE_RESIDUAL,
+            y, base, page_stride, slot, mask, value_operand, part, VALUE, VALUE_NORM, VALUE_RESIDUAL,
             VALUE_CANDIDATES, VALUE_ANCHOR, VALUE_ROTATED, HAS_E4M3, VALUE_OFFSET, VALUE_BYTES,
-            META_OFFSET + 2 * KEY_META * P, DTYPE, DV, P,
+            META_OFFSET + 2 * KEY_META * P, DTYPE, DV, P, VALUE_PROJECTION,
         )  # fmt: skip
 
 
@@ -140,18 +165,32 @@ def _by_matrix(codec: Codec, head_dim: int) -> bool:
 
 
 def _rotation(codec: Codec, head_dim: int, x: Tensor) -> Tensor:
-    """√D · H in the dtype of `x`, where it is needed."""
+    """√D · H in the dtype of `x`, or the part of it that is a product."""
     if _by_matrix(codec, head_dim):
         return signs_of_hadamard(head_dim, x.dtype, x.device)
-    return _unused(x.device)
+    return walsh_operand(x.dtype, x.device) if codec.rotated else _unused(x.device)
 
 
 @lru_cache(maxsize=32)
-def _projection(scheme: str, head_dim: int, device: torch.device) -> Tensor:
+def _projection(form: str, head_dim: int, device: torch.device) -> Tensor:
     """Sᵀ of qjl. In fp16 one sign in some thousands differs, where the projection is next to zero."""
-    if scheme == "qjl":
-        return qjl_projection(head_dim, torch.float16, device).T.contiguous()
-    return _unused(device)
+    if not form:
+        return _unused(device)
+    matrix = qjl_projection(head_dim, torch.float16, device).T.contiguous()
+    return matrix if form == "square" else projection_operand(matrix)
+
+
+def _projection_form(codec: Codec, head_dim: int, keys: int) -> str:
+    """How a program makes qjl's projection, see `store_rows`."""
+    if codec.scheme != "qjl":
+        return ""
+    if not _QJL_BY_OPERANDS or head_dim < 64 or _by_matrix(codec, head_dim):
+        return "square"
+    return "part" if _are_few(keys) else "operands"
+
+
+def _are_few(keys: int) -> bool:
+    return keys <= max(_FEW_LANES, default=0)
 
 
 @lru_cache(maxsize=8)
@@ -159,19 +198,25 @@ def _unused(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.float16, device=device)
 
 
-def _lanes(head_dim: int, dtype: torch.dtype, tokens: int) -> int:
+def _lanes(head_dim: int, dtype: torch.dtype, keys: int, in_parts: bool) -> int:
     """Lanes that share a vector: 1 to 4 chunks of 16 bytes in each."""
     chunks = triton.next_power_of_2(head_dim) * dtype.itemsize // 16
-    return max(min(_FEW_LANES if tokens <= _FEW else _LANES, chunks), chunks // 4, 1)
+    lanes = next((lanes for most, lanes in _FEW_LANES.items() if keys <= most), _LANES)
+    if in_parts:
+        lanes = min(lanes, _QJL_FEW_LANES)
+    return max(min(lanes, chunks), chunks // 4, 1)
 
 
-def _tile(layout: PageLayout, tokens: int, lanes: int) -> tuple[int, int]:
+def _tile(layout: PageLayout, forms: tuple[str, str], keys: int, lanes: int) -> tuple[int, int]:
     """Rows and warps of a program."""
     k, v = layout.key, layout.value
+    few = _are_few(keys)
     if k.scheme == v.scheme == "none":
-        return (2, 1) if tokens <= _FEW else (16, 4)
-    if "qjl" in (k.scheme, v.scheme):
-        return (16, 4) if tokens <= _FEW else (64, 4)  # of a product with a large matrix
+        return (2, 1) if few else (16, 4)
+    if "square" in forms:
+        return (16, 4) if few else (64, 4)  # of a product with a large matrix
+    if any(forms):
+        return (32 // lanes if few else _QJL_ROWS), 1
     if _by_matrix(k, layout.key_dim) or _by_matrix(v, layout.value_dim):
         return 16, 4
     return 32 // lanes, 1
@@ -201,12 +246,16 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         return
     key, value = unit_stride(key), unit_stride(value)
     k, v = layout.key, layout.value
-    lanes = _lanes(layout.key_dim, key.dtype, tokens), _lanes(layout.value_dim, value.dtype, tokens)
-    rows, warps = _tile(layout, tokens, max(lanes))
-    _store_kernel[(triton.cdiv(tokens, rows), heads, 2)](
+    keys = tokens * heads
+    forms = _projection_form(k, layout.key_dim, keys), _projection_form(v, layout.value_dim, keys)
+    sizes = (layout.key_dim, key.dtype), (layout.value_dim, value.dtype)
+    lanes = [_lanes(*size, keys, "part" in forms) for size in sizes]
+    rows, warps = _tile(layout, forms, keys, max(lanes))
+    programs = sum(PARTS if form == "part" else 1 for form in forms)
+    _store_kernel[(triton.cdiv(tokens, rows), heads, programs)](
         key, value, pages, slots, tokens,
-        _projection(k.scheme, layout.key_dim, key.device),
-        _projection(v.scheme, layout.value_dim, key.device),
+        _projection(forms[0], layout.key_dim, key.device),
+        _projection(forms[1], layout.value_dim, key.device),
         _rotation(k, layout.key_dim, key), _rotation(v, layout.value_dim, value),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0),
         KEY=k.scheme, VALUE=v.scheme, KEY_NORM=k.encoder.norm_mode, VALUE_NORM=v.encoder.norm_mode,
@@ -219,7 +268,8 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         DK=layout.key_dim, DKP=triton.next_power_of_2(layout.key_dim),
         DV=layout.value_dim, DVP=triton.next_power_of_2(layout.value_dim), P=layout.page_size,
         DTYPE=DTYPES[layout.dtype], HAS_E4M3=has_e4m3(key.device), R=rows, KEY_LANES=lanes[0],
-        VALUE_LANES=lanes[1], PRODUCTS=has_products(key.dtype, key.device), num_warps=warps,
+        VALUE_LANES=lanes[1], PRODUCTS=has_products(key.dtype, key.device), KEY_PROJECTION=forms[0],
+        VALUE_PROJECTION=forms[1], num_warps=warps,
     )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
-"""Decode on sm_80 and newer, bound by memory: one warp a program, from the page's bytes to the matrix units.
+"""Decode on sm_80 and newer, bound by memory: a warp for a part of a sequence, from the page's bytes to the
+matrix units.
 
 Tokens stream through a ring in shared memory, as they are, by asynchronous copies; no two lanes exchange
-unpacked numbers: see `warp_ptx.py` for which lane holds what. Of the programs that have a part of the same
-sequence, the last to finish merges, where there are few; else `paged_decode` does in a second launch.
+unpacked numbers: see `warp_ptx.py` for which lane holds what. Warps have nothing in common until the end,
+where those of a program merge what they found; where a sequence has several programs, `paged_decode` merges
+theirs in a second launch.
 """
 
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -24,10 +26,11 @@ _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
-_MOST_MERGED, _MOST_MERGED_SHORT = 2, 4
-"""Parts that one warp merges, in general and where they are short: with more, its loads and fences take
-longer than a second launch."""
-_COUNTERS = 1 << 14
+_MOST_WARPS, _MOST_BYTES = 4, 48 << 10
+"""Of a program: more shared memory has to be asked for at the launch, which triton does for its own alone."""
+_MOST_IDLE = 0.25
+"""Share of a multiprocessor's warps that may be missing where that makes a sequence's parts one program's:
+less than a second launch costs."""
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -86,11 +89,10 @@ def _swizzled(offset, SWIZZLE: tl.constexpr):
 
 @triton.jit
 def _sources(
-    block, row, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    lane, block, row, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Where the lane begins to copy a tile from `row` of a block on: keys, values, numbers."""
-    lane = tl.arange(0, 32)
     return (
         (block + row * ptx.key_bytes(KEY, D) + lane * 16).to(tl.int64),
         (block + row * ptx.value_bytes(VALUE, D) + (VALUE_OFFSET + lane * 16)).to(tl.int64),
@@ -99,9 +101,8 @@ def _sources(
 
 
 @triton.jit
-def _targets(ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
+def _targets(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
     """Where to."""
-    lane = tl.arange(0, 32)
     K: tl.constexpr = ptx.key_bytes(KEY, D)
     V: tl.constexpr = ptx.value_bytes(VALUE, D)
     return (
@@ -113,11 +114,10 @@ def _targets(ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: t
 
 @triton.jit
 def _copy(
-    sources, targets, wanted, i: tl.constexpr,
+    lane, sources, targets, wanted, i: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Start copying step i of a tile, where `wanted`."""
-    lane = tl.arange(0, 32)
     tl.inline_asm_elementwise(
         ptx.copy(KEY, VALUE, D, i), ptx.constraints("r", "lllrrrrr"),
         sources + targets + (lane, wanted.to(tl.int32)), dtype=tl.int32, is_pure=False, pack=1,
@@ -125,9 +125,8 @@ def _copy(
 
 
 @triton.jit
-def _parts(ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
+def _parts(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
     """Where in the ring the lane finds its parts of a tile: of keys, values, keys' numbers and values'."""
-    lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
     K: tl.constexpr = ptx.key_bytes(KEY, D)
     V: tl.constexpr = ptx.value_bytes(VALUE, D)
@@ -158,9 +157,9 @@ def _scores(loaded, query, tables, start0, start1, all0, all1, SCHEME: tl.conste
             factor_a, factor_b = _half(loaded[2 * WORDS], 0), _half(loaded[2 * WORDS], 1)
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
     else:
-        COUNT: tl.constexpr = 8 if SCHEME == "turbo" else 4
-        TABLES: tl.constexpr = ptx.tables_held(SCHEME)
-        EXTRA: tl.constexpr = 3 if SCHEME == "turbo" else TABLES
+        TURBO: tl.constexpr = SCHEME == "turbo" or SCHEME == "turbo-whole"
+        COUNT: tl.constexpr = 8 if TURBO else 4
+        EXTRA: tl.constexpr = ptx.tables_held(SCHEME) + (2 if TURBO else 0)
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D),
             ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + EXTRA)),
@@ -170,9 +169,10 @@ def _scores(loaded, query, tables, start0, start1, all0, all1, SCHEME: tl.conste
         a0, a1 = r[0].to(tl.float32), r[1].to(tl.float32)
         b0, b1 = r[2].to(tl.float32), r[3].to(tl.float32)
         factor_a, factor_b = _half(loaded[2 * WORDS], 0), _half(loaded[2 * WORDS], 1)
-        if SCHEME == "turbo":
-            residual_a = _half(loaded[2 * WORDS + 1], 0) * (2.0 / ptx.TURBO_UNIT)
-            residual_b = _half(loaded[2 * WORDS + 1], 1) * (2.0 / ptx.TURBO_UNIT)
+        if TURBO:
+            UNIT: tl.constexpr = (2.0 if SCHEME == "turbo" else 1.0) / ptx.TURBO_UNIT
+            residual_a, residual_b = _half(loaded[2 * WORDS + 1], 0), _half(loaded[2 * WORDS + 1], 1)
+            residual_a, residual_b = residual_a * UNIT, residual_b * UNIT
             for i in tl.static_range(4, 8):
                 r = r[0:i] + (r[i].to(tl.float32, bitcast=True) - ptx.AS_BITS,) + r[i + 1 :]
             a0, a1 = a0 + r[4] * residual_a, a1 + r[5] * residual_a
@@ -191,7 +191,8 @@ def _scores(loaded, query, tables, start0, start1, all0, all1, SCHEME: tl.conste
 
 @triton.constexpr_function
 def _key_unit(scheme: str) -> float:
-    return {"turbo": ptx.TURBO_UNIT, "lm4": ptx.LM4_UNIT, "fp8": 256.0}.get(scheme, 1.0)
+    units = {"lm4": ptx.LM4_UNIT, "fp8": 256.0} | dict.fromkeys(ptx.TURBO, ptx.TURBO_UNIT)
+    return units.get(scheme, 1.0)
 
 
 @triton.constexpr_function
@@ -209,11 +210,11 @@ def _first_scale(scheme: str) -> float:
 
 
 @triton.jit
-def _value_scale(loaded, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr):
+def _value_scale(loaded, one, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr):
     """Scale and bias of token a (0) or b (1)."""
     WORDS: tl.constexpr = 4 * ptx.value_words(SCHEME, D)
     if SCHEME == "bf16" or SCHEME == "fp16":
-        scale = tl.full((32,), 1.0, tl.float32)
+        scale = one
         bias = scale
     else:
         scale = _half(loaded[WORDS], i)
@@ -224,15 +225,16 @@ def _value_scale(loaded, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr)
 
 
 @triton.jit
-def _keep_seen(words, position, low, high, W: tl.constexpr):
-    """Words of the four tokens that the lane weighs in a step, zero where a token is not seen."""
-    kept = ()
-    for i in tl.static_range(4):
-        token = position + i // 2 + i % 2 * 2
-        mask = tl.where((token >= low) & (token < high), -1, 0)
-        for j in tl.static_range(W):
-            kept = kept + (words[i * W + j] & mask,)  # type: ignore[assignment]
-    return kept
+def _mask(
+    edge, start, low, high, row, column, a0, a1, b0, b1, loaded, SCHEME: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """Scores and values of a step without those of tokens that are not seen, see `ptx.mask`."""
+    V: tl.constexpr = 4 * ptx.value_words(SCHEME, D) + ptx.value_numbers(SCHEME)
+    return tl.inline_asm_elementwise(
+        ptx.mask(SCHEME, D), ptx.constraints("f" * 4 + "r" * V, "r" * 6 + "f" * 4 + "r" * V),
+        (edge.to(tl.int32), start, low, high, row, column, a0, a1, b0, b1) + loaded,
+        dtype=ptx.types(4, tl.float32) + ptx.types(V, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -243,53 +245,32 @@ def _sum_over_groups(x):
 
 
 @triton.jit
-def _join(m, l, sums, part, i: tl.constexpr, weighted, unit):
-    """Head 2t + i of a part (see `ptx.load_part`) joins what is merged, weighted by 1, or 0: not at all."""
-    top = tl.maximum(m, part[2 * i])
-    old, new = tl.exp2((m - top) * unit), tl.exp2((part[2 * i] - top) * unit) * weighted
-    joined = ()
-    for j in tl.static_range(len(sums)):
-        x = sums[j]
-        if j % 2 == i:
-            x = x * old + part[4 + j] * new
-        joined = joined + (x,)  # type: ignore[assignment]
-    return top, l * old + part[2 * i + 1] * new, joined
-
-
-@triton.jit
-def _store_part(at, m0, l0, m1, l1, sums, D: tl.constexpr):
-    tl.inline_asm_elementwise(
-        ptx.store_part(D), ptx.constraints("r", "l" + "f" * (4 + D // 4)),
-        (at.to(tl.int64), m0, l0, m1, l1) + sums, dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _load_part(at, D: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        ptx.load_part(D), ptx.constraints("f" * (4 + D // 4), "l"), [at.to(tl.int64)],
-        dtype=ptx.types(4 + D // 4, tl.float32), is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def merge_parts(scratch, used, unit, D: tl.constexpr):
-    """`used` parts, as `_store_part` leaves them -> m and l of heads 2t and 2t + 1, and their undivided sums.
-
-    Two are loaded at a time.
-    """
-    zero = unit * 0.0 + tl.zeros((32,), tl.float32)
-    m0, m1, l0, l1, sums = zero + ptx.NO_MAXIMUM, zero + ptx.NO_MAXIMUM, zero, zero, (zero,) * (D // 4)
-    at = scratch + tl.arange(0, 32) * 4
-    for i in range(0, used, 2):
-        j = tl.minimum(i + 1, used - 1)
-        there = (j - i).to(tl.float32)
-        part, next_ = _load_part(at + i * ptx.part_floats(D), D), _load_part(at + j * ptx.part_floats(D), D)
-        m0, l0, sums = _join(m0, l0, sums, part, 0, 1.0, unit)
-        m1, l1, sums = _join(m1, l1, sums, part, 1, 1.0, unit)
-        m0, l0, sums = _join(m0, l0, sums, next_, 0, there, unit)
-        m1, l1, sums = _join(m1, l1, sums, next_, 1, there, unit)
-    return m0, m1, l0, l1, sums
+def _merge(at, unit, WARPS: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr):
+    """Parts of one head, `STRIDE` bytes from one to the next -> m, l and undivided sums, by dim."""
+    COUNT: tl.constexpr = 2 + D // 8
+    parts = ()
+    for i in tl.static_range(WARPS):
+        part = tl.inline_asm_elementwise(
+            ptx.load_part(D), ptx.constraints("f" * COUNT, "r"), [at + i * STRIDE],
+            dtype=ptx.types(COUNT, tl.float32), is_pure=False, pack=1,
+        )  # fmt: skip
+        parts = parts + (part,)  # type: ignore[assignment]
+    top = parts[0][0]  # type: ignore[misc]
+    for i in tl.static_range(1, WARPS):
+        top = tl.maximum(top, parts[i][0])
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2((parts[0][0] - base) * unit)  # type: ignore[misc]
+    l, sums = parts[0][1] * weight, ()  # type: ignore[misc]
+    for j in tl.static_range(2, COUNT):
+        sums = sums + (parts[0][j] * weight,)  # type: ignore
+    for i in tl.static_range(1, WARPS):
+        weight = tl.exp2((parts[i][0] - base) * unit)
+        l += parts[i][1] * weight
+        joined = ()
+        for j in tl.static_range(2, COUNT):
+            joined = joined + (sums[j - 2] + parts[i][j] * weight,)  # type: ignore[assignment]
+        sums = joined
+    return top, l, sums
 
 
 @triton.jit
@@ -305,29 +286,56 @@ def _final_factor(m, l, sinks, head, exists, unit, HAS_SINKS: tl.constexpr):
 
 
 @triton.jit
-def store_output(
-    out0, out1, exists0, exists1, m0, m1, l0, l1, sums, sinks, head0, head1, unit,
+def _store_output(
+    lane, heads, ms, ls, sums, out, out_head_stride, at, sinks, group, unit,
     HAS_SINKS: tl.constexpr, ROTATED: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr,
     APART: tl.constexpr,
 ):  # fmt: skip
-    """Divide, rotate back, and store at the lane's first dim of both heads."""
+    """Divide, rotate back, and store one or two heads of the lane, from its first dim `at` on."""
+    COUNT: tl.constexpr = len(heads)
     NORM: tl.constexpr = D**-0.5 if ROTATED else 1.0
-    factor0 = _final_factor(m0, l0, sinks, head0, exists0, unit, HAS_SINKS) * NORM
-    factor1 = _final_factor(m1, l1, sinks, head1, exists1, unit, HAS_SINKS) * NORM
+    factors, places, exist = (), (), ()
+    for i in tl.static_range(COUNT):
+        there = heads[i] < group
+        factor = _final_factor(ms[i], ls[i], sinks, heads[i], there, unit, HAS_SINKS) * NORM
+        factors = factors + (factor,)  # type: ignore[assignment]
+        places = places + ((out + heads[i] * out_head_stride + at).to(tl.int64),)  # type: ignore[assignment]
+        exist = exist + (there.to(tl.int32),)  # type: ignore[assignment]
     final = ()
-    for i in tl.static_range(D // 4):
-        final = final + (sums[i] * (factor0 if i % 2 == 0 else factor1),)  # type: ignore[assignment]
+    for i in tl.static_range(COUNT * D // 8):
+        final = final + (sums[i] * factors[i % COUNT],)  # type: ignore[assignment]
     tl.inline_asm_elementwise(
-        ptx.store_output(D, APART, ROTATED, DTYPE), ptx.constraints("r", "rllrr" + "f" * (D // 4)),
-        (tl.arange(0, 32), out0.to(tl.int64), out1.to(tl.int64), exists0.to(tl.int32), exists1.to(tl.int32))
-        + final,
-        dtype=tl.int32, is_pure=False, pack=1,
+        ptx.store_output(D, COUNT, APART, ROTATED, DTYPE),
+        ptx.constraints("r", "r" + "l" * COUNT + "r" * COUNT + "f" * (COUNT * D // 8)),
+        (lane,) + places + exist + final, dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_part(
+    heads, ms, ls, sums, partial, stats, row, parts, part, at, first, group,
+    D: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """One or two heads of the lane, as `_merge_kernel` reads them; m and l by lanes that are `first`."""
+    COUNT: tl.constexpr = len(heads)
+    places, exist = (), ()
+    for i in tl.static_range(COUNT):
+        there = heads[i] < group
+        place = (row + heads[i]) * parts + part
+        tl.store(stats + place * 2, ms[i], mask=there & first)
+        tl.store(stats + place * 2 + 1, ls[i], mask=there & first)
+        places = places + ((partial + place * D + at).to(tl.int64),)  # type: ignore[assignment]
+        exist = exist + (there.to(tl.int32),)  # type: ignore[assignment]
+    tl.inline_asm_elementwise(
+        ptx.store_sums(D, COUNT, APART),
+        ptx.constraints("r", "l" * COUNT + "r" * COUNT + "f" * (COUNT * D // 8)),
+        places + exist + sums, dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles"])
 def _warp_decode_kernel(
-    query, pages, tables, context_lens, partial, stats, out, sinks, counters,
+    query, pages, tables, context_lens, partial, stats, out, sinks,
     query_stride, query_head_stride, out_stride, out_head_stride, page_stride, table_stride,
     scale, softcap, window, splits, parts, group, min_tiles,
     MERGE: tl.constexpr, LEAVE: tl.constexpr, EARLY: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -335,16 +343,17 @@ def _warp_decode_kernel(
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
-    FINGERPRINT: tl.constexpr,
+    WARPS: tl.constexpr, FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
-    """One part of one request's sequence and one kv head. MERGE: the last of them to come writes the output.
+    """WARPS of `splits` parts of one request's sequence and one kv head. MERGE: there are no others.
 
     LEAVE: rows of context 0 are somebody else's. EARLY: whoever merges is launched meanwhile, and waits.
     """
     if EARLY:
         gdc_launch_dependents()
     part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    lane = tl.arange(0, 32)
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
     g, t = lane // 4, lane % 4
     at = query + request * query_stride + (head * group + g) * query_head_stride + t * ptx.query_part(KEY, D)
     words = tl.inline_asm_elementwise(
@@ -357,15 +366,14 @@ def _warp_decode_kernel(
     if WINDOW:
         low = tl.maximum(context - window, SINK)
     high = context - RECENT
-    first = low // T
-    last = tl.maximum(tl.cdiv(high, T), first)
-    tiles = last - first
-    share = tl.maximum(tl.cdiv(tiles, splits), min_tiles)
-    first = first + part * share
-    last = tl.minimum(first + share, last)
+    begin = low // T
+    end = tl.maximum(tl.cdiv(high, T), begin)
+    share = tl.maximum(tl.cdiv(end - begin, splits), min_tiles)
+    begin_here = begin + part * WARPS * share
+    count = tl.minimum(share, end - begin_here)
     row = (request * HEADS + head) * group
     out += request * out_stride + head * group * out_head_stride
-    if first >= last:
+    if count <= 0:
         every = tl.arange(0, 8)
         if not MERGE:
             nothing = stats + ((row + every) * parts + part) * 2
@@ -379,17 +387,22 @@ def _warp_decode_kernel(
 
     # the first tile is on its way while the query is prepared
     STEPS: tl.constexpr = T // 16
-    ring = tl.inline_asm_elementwise(
-        ptx.ring(ptx.tile_bytes(KEY, VALUE, D, T)), "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1
-    )
-    targets, parts_at = _targets(ring, KEY, VALUE, D, T), _parts(ring, KEY, VALUE, D, T)
+    RING: tl.constexpr = ptx.ring_bytes(KEY, VALUE, D, T, WARPS)
+    rings = tl.inline_asm_elementwise(ptx.ring(RING * WARPS), "=r,r", [lane], tl.int32, False, 1)
+    warp = thread * 0
+    if WARPS > 1:
+        warp = tl.inline_asm_elementwise(ptx.warp(), "=r,r", [thread], tl.int32, True, 1)
+    ring = rings + warp * RING
+    targets, parts_at = _targets(lane, ring, KEY, VALUE, D, T), _parts(lane, ring, KEY, VALUE, D, T)
+    first = begin_here + warp * share
+    last = tl.minimum(first + share, end)
     table = tables + request * table_stride
     block = pages + head.to(tl.int64) * BLOCK_BYTES
-    here = block + tl.load(table + first * T // P).to(tl.int64) * page_stride
-    following = tl.load(table + tl.minimum(first + 1, last - 1) * T // P)
-    sources = _sources(here, first * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
+    here = block + tl.load(table + tl.minimum(first, end - 1) * T // P).to(tl.int64) * page_stride
+    following = tl.load(table + tl.minimum(first + 1, end - 1) * T // P)
+    sources = _sources(lane, here, first * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
     for i in tl.static_range(STEPS):
-        _copy(sources, targets, lane >= 0, i, KEY, VALUE, D)
+        _copy(lane, sources, targets, first < last, i, KEY, VALUE, D)
 
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
     prepared = tl.inline_asm_elementwise(
@@ -400,6 +413,8 @@ def _warp_decode_kernel(
     unit0 = prepared[QUERY].to(tl.float32, bitcast=True) * _key_unit(KEY)
     unit1 = prepared[QUERY + 1].to(tl.float32, bitcast=True) * _key_unit(KEY)
     start0, start1 = ptx.AS_BITS_ZERO - prepared[QUERY + 2] * 64, ptx.AS_BITS_ZERO - prepared[QUERY + 3] * 64
+    if KEY == "turbo-whole":
+        start0, start1 = ptx.AS_BITS_ZERO + prepared[QUERY + 4], ptx.AS_BITS_ZERO + prepared[QUERY + 5]
     all0, all1 = prepared[QUERY + 4].to(tl.float32), prepared[QUERY + 5].to(tl.float32)
     power0, power1 = unit0 * (scale * LOG2E), unit1 * (scale * LOG2E)
     if CAP:
@@ -416,15 +431,16 @@ def _warp_decode_kernel(
 
     STATE: tl.constexpr = ptx.step_state(D)
     W: tl.constexpr = ptx.value_words(VALUE, D)
-    zero = tl.zeros((32,), tl.float32)
+    zero = tl.zeros((32 * WARPS,), tl.float32)
+    one = zero + 1.0
     lowest = zero + ptx.NO_MAXIMUM
     state = (lowest, lowest, zero, zero, zero, zero, zero + _first_scale(VALUE)) + (zero,) * (STATE - 7)
-    V: tl.constexpr = 4 * W + ptx.value_numbers(VALUE)
-    for tile in range(first, last):
+    for step in range(count):
+        tile = first + step
         here = block + following.to(tl.int64) * page_stride
-        following = tl.load(table + tl.minimum(tile + 2, last - 1) * T // P)
-        sources = _sources(here, (tile + 1) * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
-        more = (tile + 1 < last) & (lane >= 0)
+        following = tl.load(table + tl.minimum(tile + 2, end - 1) * T // P)
+        sources = _sources(lane, here, (tile + 1) * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
+        more = tile + 1 < last
         edge = (tile * T < low) | (tile * T + T > high)
         for i in tl.static_range(STEPS):
             tl.inline_asm_elementwise(ptx.wait(STEPS - 1), "=r,r", [lane], tl.int32, False, 1)
@@ -433,27 +449,28 @@ def _warp_decode_kernel(
             loaded = _load_values(parts_at[1], parts_at[3], i, VALUE, D, T)
             # what is read is filled again at once: the next tile has all of this one's time
             tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
-            _copy(sources, targets, more, i, KEY, VALUE, D)
+            _copy(lane, sources, targets, more, i, KEY, VALUE, D)
             if CAP:
                 a0, a1 = cap(a0 * unit0, scale, softcap, CAP), cap(a1 * unit1, scale, softcap, CAP)
                 b0, b1 = cap(b0 * unit0, scale, softcap, CAP), cap(b1 * unit1, scale, softcap, CAP)
-            if edge:
-                start = tile * T + 16 * i
-                position = start + 2 * g
-                a_seen = (position >= low) & (position < high)
-                b_seen = (position + 1 >= low) & (position + 1 < high)
-                a0, a1 = tl.where(a_seen, a0, float("-inf")), tl.where(a_seen, a1, float("-inf"))
-                b0, b1 = tl.where(b_seen, b0, float("-inf")), tl.where(b_seen, b1, float("-inf"))
-                # rows that hold no token may hold anything, and 0 · NaN is NaN
-                if V == 4 * W or VALUE == "e4m3":
-                    loaded = _keep_seen(loaded, start + 4 * t, low, high, W) + loaded[4 * W :]
-                kept = tl.where(a_seen, 0xFFFF, 0) | tl.where(b_seen, -65536, 0)
-                if V == 4 * W + 1:
-                    loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept,)
-                elif V == 4 * W + 2:
-                    loaded = loaded[0 : 4 * W] + (loaded[4 * W] & kept, loaded[4 * W + 1] & kept)
-            scale_a, bias_a = _value_scale(loaded, 0, VALUE, D)
-            scale_b, bias_b = _value_scale(loaded, 1, VALUE, D)
+            masked = _mask(
+                edge,
+                tile * T + 16 * i,
+                lane * 0 + low,
+                lane * 0 + high,
+                2 * g,
+                4 * t,
+                a0,
+                a1,
+                b0,
+                b1,
+                loaded,
+                VALUE,
+                D,
+            )
+            a0, a1, b0, b1, loaded = masked[0], masked[1], masked[2], masked[3], masked[4:]
+            scale_a, bias_a = _value_scale(loaded, one, 0, VALUE, D)
+            scale_b, bias_b = _value_scale(loaded, one, 1, VALUE, D)
             state = tl.inline_asm_elementwise(
                 ptx.weigh(VALUE, D, HELD > TABLES),
                 ptx.constraints("f" * STATE, "f" * 10 + "r" * (4 * W) + "f" * STATE + "r" * (HELD - TABLES)),
@@ -468,8 +485,6 @@ def _warp_decode_kernel(
     bias0, bias1 = _sum_over_groups(state[4]), _sum_over_groups(state[5])
     l0, l1 = _sum_over_groups(state[2]), _sum_over_groups(state[3])
     unit = exponent_unit(scale, CAP)
-    head0, head1 = 2 * t, 2 * t + 1
-    exists0, exists1 = head0 < group, head1 < group
     m0 = tl.where(l0 > 0, state[0] * (1.0 / unit), tl.where(l0 == 0, float("-inf"), l0))
     m1 = tl.where(l1 > 0, state[1] * (1.0 / unit), tl.where(l1 == 0, float("-inf"), l1))
     factor = _value_unit(VALUE) / state[6]
@@ -481,41 +496,24 @@ def _warp_decode_kernel(
         sums = sums + (total + (bias0 if i % 2 == 0 else bias1),)  # type: ignore[assignment]
     APART: tl.constexpr = W == 8
     at = g * (8 if APART else D // 8)
-    if not MERGE:
-        row0, row1 = (row + head0) * parts + part, (row + head1) * parts + part
-        tl.store(stats + row0 * 2, m0, mask=exists0 & (g == 0))
-        tl.store(stats + row0 * 2 + 1, l0, mask=exists0 & (g == 0))
-        tl.store(stats + row1 * 2, m1, mask=exists1 & (g == 0))
-        tl.store(stats + row1 * 2 + 1, l1, mask=exists1 & (g == 0))
+    heads, ms, ls = (2 * t, 2 * t + 1), (m0, m1), (l0, l1)
+    if WARPS > 1:
+        # the first two warps merge one head each of a lane's
         tl.inline_asm_elementwise(
-            ptx.store_sums(D, APART), ptx.constraints("r", "llrr" + "f" * (D // 4)),
-            (
-                (partial + row0 * D + at).to(tl.int64),
-                (partial + row1 * D + at).to(tl.int64),
-                exists0.to(tl.int32),
-                exists1.to(tl.int32),
-            )
-            + sums,
-            dtype=tl.int32, is_pure=False, pack=1,
+            ptx.leave_part(D), ptx.constraints("r", "r" + "f" * (4 + D // 4)),
+            (ring + lane * 16, m0, m1, l0, l1) + sums, dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-        return
-    used = tl.cdiv(tiles, share)
-    if used > 1:
-        pair = request * HEADS + head
-        scratch = partial + pair * (parts * ptx.part_floats(D))
-        _store_part(scratch + part * ptx.part_floats(D) + lane * 4, m0, l0, m1, l1, sums, D)
-        before = tl.inline_asm_elementwise(
-            ptx.arrive(), "=&r,l,r", [(counters + pair).to(tl.int64), used - 1],
-            dtype=tl.int32, is_pure=False, pack=1,
+        tl.inline_asm_elementwise(ptx.meet(), "=r,r", [warp], tl.int32, False, 1)
+        here = rings + lane * 16 + warp * (128 * ptx.part_words(D))
+        m, l, sums = _merge(here, unit, WARPS, D, RING)
+        heads, ms, ls = (2 * t + warp,), (m,), (l,)  # type: ignore[assignment]
+    if MERGE:
+        _store_output(
+            lane, heads, ms, ls, sums, out, out_head_stride, at, sinks + head * group, group, unit,
+            HAS_SINKS, VALUE_ROTATED, DTYPE, D, APART,
         )  # fmt: skip
-        if before < used - 1:
-            return
-        m0, m1, l0, l1, sums = merge_parts(scratch, used, unit, D)
-    store_output(
-        out + head0 * out_head_stride + at, out + head1 * out_head_stride + at, exists0, exists1,
-        m0, m1, l0, l1, sums, sinks + head * group, head0, head1, unit,
-        HAS_SINKS, VALUE_ROTATED, DTYPE, D, APART,
-    )  # fmt: skip
+    else:
+        _store_part(heads, ms, ls, sums, partial, stats, row, parts, part, at, g == 0, group, D, APART)
 
 
 @lru_cache(maxsize=16)
@@ -546,30 +544,32 @@ def fits(query: Tensor, layout: PageLayout) -> bool:
 
 
 def num_splits(requests: int, layout: PageLayout, longest: int, multiprocessors: int) -> int:
-    """Programs along the sequence: one wave of warps, no more than there is work for."""
+    """Parts of a sequence: one wave of warps, no more than there is work for."""
     _, registers = _shape(*_schemes(layout), layout.key_dim)
     wanted = _warps(registers) * multiprocessors // (requests * layout.num_kv_heads)
     return max(1, min(wanted, longest // _MIN_TOKENS, 128))
 
 
-@cache
-def _counters(device: torch.device) -> Tensor:
-    """How many programs of a request's kv head have finished: zeros again after every launch.
+def by_program(layout: PageLayout, splits: int) -> tuple[int, int]:
+    """Programs of a sequence that is to have about `splits` parts, and the warps of each.
 
-    Decodes of one device share them, so they must not overlap: one stream a device decodes. Made by the first
-    decode, which comes before any is captured, and kept: graphs hold its address.
+    One program, where that takes not many of the parts; else as few as keep nearly all.
     """
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    key, value = _schemes(layout)
+    tile, _ = _shape(key, value, layout.key_dim)
+    warps = min(_MOST_WARPS, 1 << splits.bit_length() - 1)
+    while warps * ptx.ring_bytes(key, value, layout.key_dim, tile, warps) > _MOST_BYTES:
+        warps //= 2
+    if warps >= (1 - _MOST_IDLE) * splits:
+        return 1, warps
+    while splits % warps > splits // 8:
+        warps //= 2
+    return splits // warps, warps
 
 
-def merges(layout: PageLayout, out: Tensor, splits: int, longest: int) -> bool:
+def merges(out: Tensor, programs: int) -> bool:
     """Whether the launch writes the output itself."""
-    most = _MOST_MERGED_SHORT if longest <= 2 * _MIN_TOKENS * splits else _MOST_MERGED
-    return (
-        splits <= most
-        and (splits == 1 or out.shape[0] * layout.num_kv_heads <= _COUNTERS)
-        and out.stride(0) % 8 == out.stride(1) % 8 == out.data_ptr() % 16 == 0
-    )
+    return programs == 1 and out.stride(0) % 8 == out.stride(1) % 8 == out.data_ptr() % 16 == 0
 
 
 def launch(
@@ -588,30 +588,31 @@ def launch(
     sinks: Tensor | None,
     sink: int,
     recent: int,
-    splits: int,
+    programs: int,
+    warps: int,
     merge: bool,
     leave: bool,
     early: bool,
 ) -> None:
-    """Parts 0 … splits - 1 of all requests to partial and stats, as `_merge_kernel` reads them.
-
-    Or, to `merge`, the output; partial [B, Hkv, splits, ptx.part_floats(D)] is scratch then.
-    """
+    """Parts 0 … programs - 1 of all requests to partial and stats, as `_merge_kernel` reads them; or, to
+    `merge`, the output."""
     requests, query_heads, head_dim = query.shape
     heads = layout.num_kv_heads
     key, value = _schemes(layout)
+    if key == "turbo" and layout.dtype == torch.float16:
+        key = "turbo-whole"
     if has_e4m3(query.device):
         key, value = ("e4m3" if scheme == "fp8" else scheme for scheme in (key, value))
     tile, registers = _shape(key, value, head_dim)
-    _warp_decode_kernel[(splits, heads, requests)](
+    _warp_decode_kernel[(programs, heads, requests)](
         query, pages, block_tables, context_lens, partial, stats, out, stats if sinks is None else sinks,
-        _counters(query.device), query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         pages.stride(0), block_tables.stride(0), scale, softcap, window,
-        splits, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
+        programs * warps, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
         MERGE=merge, LEAVE=leave, EARLY=early and not merge, HAS_SINKS=sinks is not None,
         VALUE_ROTATED=layout.value.rotated, KEY=key, VALUE=value, ROTATED=layout.key.rotated,
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
         HEADS=heads, DTYPE=_SHORT[layout.dtype], D=head_dim, P=layout.page_size, T=tile,
-        FINGERPRINT=ptx.FINGERPRINT, num_warps=1, maxnreg=registers,
+        WARPS=warps, FINGERPRINT=ptx.FINGERPRINT, num_warps=warps, maxnreg=registers,
     )  # fmt: skip

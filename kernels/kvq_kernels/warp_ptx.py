@@ -25,7 +25,9 @@ import triton.language as tl
 
 from kvq_kernels.codebook import LEVELS
 
-NIBBLE_KEYS = ("turbo", "lm4", "int4")
+TURBO = ("turbo", "turbo-whole")
+"""The same bytes: residual signs meet the query's high bytes, or both, as fp16 has digits for."""
+NIBBLE_KEYS = (*TURBO, "lm4", "int4")
 PLAIN = ("bf16", "fp16")
 """Not quantized: the model's dtype."""
 FP8 = ("fp8", "e4m3")
@@ -120,7 +122,7 @@ def tile_bytes(key: str, value: str, dim: int, tokens: int) -> int:
 @triton.constexpr_function
 def key_numbers(scheme: str) -> int:
     """fp16 numbers beside the codes of a key."""
-    return 0 if scheme in PLAIN else 2 if scheme in ("turbo", "int4", "int8") else 1
+    return 0 if scheme in PLAIN else 2 if scheme in (*TURBO, *BIASED) else 1
 
 
 @triton.constexpr_function
@@ -131,8 +133,8 @@ def value_numbers(scheme: str) -> int:
 
 @triton.constexpr_function
 def tables_held(scheme: str) -> int:
-    """Registers of look-up tables, see `held_constants`."""
-    return {"turbo": 1, "lm4": 2}.get(scheme, 0)
+    """Registers of look-up tables and the like, see `held_constants`."""
+    return {"turbo": 1, "turbo-whole": 2, "lm4": 2}.get(scheme, 0)
 
 
 @triton.constexpr_function
@@ -306,11 +308,11 @@ class _Code:
             ]
         result = []
         for word in words:
-            if scheme == "turbo":
+            if scheme in TURBO:
                 looked_up = [(TURBO_LEVELS, self.do("and.b32", word, "0x77777777"))]
             else:
                 looked_up = [(LM4_LEVELS[:8], word), (LM4_LEVELS[8:], self.do("xor.b32", word, "0x88888888"))]
-            for first, (levels, index) in zip(held, looked_up, strict=True):
+            for first, (levels, index) in zip(held, looked_up, strict=False):
                 table = first, self.table(levels)[1]
                 upper = self.do("shr.u32", index, "16")
                 result.append((self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)))
@@ -388,9 +390,17 @@ def step_state(dim: int) -> int:
 
 
 @triton.constexpr_function
-def part_floats(dim: int) -> int:
-    """What a program leaves for whoever merges: m and l of two heads and their sums, of every lane."""
-    return 32 * (4 + dim // 4)
+def part_words(dim: int) -> int:
+    """Numbers of a lane that a warp leaves for those that merge, of one head: m, l and its sums, and no more
+    than to make whole pieces of 16 bytes."""
+    return -(-(2 + dim // 8) // 4) * 4
+
+
+@triton.constexpr_function
+def ring_bytes(key: str, value: str, dim: int, tokens: int, warps: int) -> int:
+    """Shared memory of a warp: of a tile, and of its part if there are others."""
+    part = 2 * 32 * 4 * part_words(dim) if warps > 1 else 0
+    return max(tile_bytes(key, value, dim, tokens), part)
 
 
 class _Blocks:
@@ -595,15 +605,15 @@ class _Blocks:
     @staticmethod
     def scores(scheme: str, dim: int) -> str:
         """One step's scores. Outputs: for tokens a, b and heads 2t, 2t + 1: a0, a1, b0, b1: integers
-        Σ q·code in units of `unit`; for turbo then the bits of as many AS_BITS + R, where R is ½ Σ q·(sign of
-        the residual). For fp8 and unquantized keys floats.
+        Σ q·code in units of `unit`; for turbo then the bits of as many AS_BITS + R, where R is Σ q·(sign of
+        the residual), or half as much where that is 64 Σ high·sign. For fp8 and unquantized keys floats.
 
-        Inputs: words of tokens a and b, the query's registers, tables of `held_constants`, and for turbo
-        AS_BITS_ZERO - 64 Σ high of both heads.
+        Inputs: words of tokens a and b, the query's registers, those of `held_constants`, and for turbo
+        AS_BITS_ZERO + Σ q of both heads, or AS_BITS_ZERO - 64 Σ high.
         """
         code, words = _Code(), key_words(scheme, dim)
         registers, high = query_registers(scheme, dim)
-        count = 8 if scheme == "turbo" else 4
+        count = 8 if scheme in TURBO else 4
         outputs = code.operands(0, count)
         a, b = code.operands(count, words), code.operands(count + words, words)
         query = code.operands(count + 2 * words, registers)
@@ -643,6 +653,21 @@ class _Blocks:
                     sums = [code.do("mad.lo.s32", x, "16", starts[i % 2]) for i, x in enumerate(sums)]
             for output, x in zip(outputs[4:], sums, strict=True):
                 code.add(f"mov.b32 {output}, {x}")
+        if scheme == "turbo-whole":
+            starts = code.operands(count + 2 * words + registers + len(held), 2)
+            highs, lows = ([code.do("mov.b32", "0") for _ in range(4)] for _ in range(2))
+            for i in range(words):
+                # 1 where the sign is negative, a nibble's highest bit 0; else the sign of that 1: nothing
+                rows = []
+                for word in (a[i], b[i]):
+                    upper = code.do("shr.u32", word, "16")
+                    rows.append([code.do("prmt.b32", held[1], held[1], half) for half in (word, upper)])
+                operand = [rows[0][0], rows[1][0], rows[0][1], rows[1][1]]
+                for sums, part in ((highs, query[:high]), (lows, query[high:])):
+                    code.mma("s32.u8.s8.s32", sums, operand, part[2 * i : 2 * i + 2], sums)
+            for i, (output, x, y) in enumerate(zip(outputs[4:], highs, lows, strict=True)):
+                total = code.do("mad.lo.s32", y, "-2", starts[i % 2])
+                code.add(f"mad.lo.s32 {output}, {x}, -256, {total}")
         return code.text()
 
     @staticmethod
@@ -731,13 +756,98 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def store_sums(dim: int, apart: bool) -> str:
-        """Sums of a lane, two heads -> memory. Inputs: 64-bit address of head 2t at the lane's first dim, the
-        same of head 2t + 1, whether each exists, and the sums in the order of the state. The second half of
-        the lane's dims follows the first, or lies `apart`, 64 further on. One output, for form's sake."""
+    def mask(scheme: str, dim: int) -> str:
+        """Where a step has tokens that are not seen: their scores become -inf, their values zero.
+
+        Inputs: whether it has any, the same for all lanes; its first token; the bounds of those that are
+        seen; 2g and 4t; scores a0, a1, b0, b1, and what `load_values` gave. Outputs: the same scores and
+        values. Rows that hold no token may hold anything, and 0 · NaN is NaN.
+        """
+        code, words, numbers = _Code(), value_words(scheme, dim), value_numbers(scheme)
+        count = 4 + 4 * words + numbers
+        outputs = code.operands(0, count)
+        edge, start, low, high, row, column = code.operands(count, 6)
+        for i, (output, value) in enumerate(zip(outputs, code.operands(count + 6, count), strict=True)):
+            code.add(f"mov.{'f32' if i < 4 else 'b32'} {output}, {value}")
+        code.add(f"@!{code.guard(edge)} bra.uni SEEN")
+
+        def seen(token: str) -> str:
+            above, both = code.new("p"), code.new("p")
+            code.add(f"setp.ge.s32 {above}, {token}, {low}")
+            code.add(f"setp.lt.and.s32 {both}, {token}, {high}, {above}")
+            return both
+
+        first = code.do("add.s32", start, row)
+        for i, token in enumerate((first, code.do("add.s32", first, "1"))):
+            for score in outputs[2 * i : 2 * i + 2]:
+                code.add(f"selp.f32 {score}, {score}, 0fFF800000, {seen(token)}")
+        if not numbers or scheme == "e4m3":
+            first = code.do("add.s32", start, column)
+            for i, offset in enumerate((0, 2, 1, 3)):
+                predicate = seen(code.do("add.s32", first, str(offset)))
+                for word in outputs[4 + i * words : 4 + (i + 1) * words]:
+                    code.add(f"selp.b32 {word}, {word}, 0, {predicate}")
+        if numbers:
+            first = code.do("add.s32", start, row)
+            halves = [code.new(), code.new()]
+            for half, token, bits in zip(halves, ("0", "1"), ("0xffff", "0xffff0000"), strict=True):
+                code.add(f"selp.b32 {half}, {bits}, 0, {seen(code.do('add.s32', first, token))}")
+            kept = code.do("or.b32", *halves)
+            for number in outputs[4 + 4 * words :]:
+                code.add(f"and.b32 {number}, {number}, {kept}")
+        code.lines.append("SEEN:")
+        return code.text()
+
+    @staticmethod
+    def leave_part(dim: int) -> str:
+        """m, l and sums of both heads -> shared memory, in pieces of 16 bytes. Inputs: the lane's shared
+        address, 16 bytes from the next one's; m, m, l, l; and the sums in the order of the state. One output,
+        for form's sake."""
+        code, words = _Code(), part_words(dim)
+        m, l, sums = code.operands(2, 2), code.operands(4, 2), code.operands(6, dim // 4)
+        for head, values in enumerate(by_head(sums)):
+            numbers = [m[head], l[head], *values]
+            numbers += [code.float(0.0)] * (words - len(numbers))
+            for i in range(0, words, 4):
+                group = ", ".join(numbers[i : i + 4])
+                code.add(f"st.shared.v4.f32 [$1+{128 * (words * head + i)}], {{{group}}}")
+        code.add("mov.b32 $0, 0")
+        return code.text()
+
+    @staticmethod
+    def load_part(dim: int) -> str:
+        """What `leave_part` has left of one head: m, l, sums in the order of dims. Input: the shared address
+        of the lane and the head."""
+        code, words = _Code(), part_words(dim)
+        count = 2 + dim // 8
+        values = [*code.operands(0, count), *(code.new("f") for _ in range(words - count))]
+        for i in range(0, words, 4):
+            group = ", ".join(values[i : i + 4])
+            code.add(f"ld.shared.v4.f32 {{{group}}}, [${count}+{128 * i}]")
+        return code.text()
+
+    @staticmethod
+    def meet() -> str:
+        """Until all warps have left their parts; all but the first two then end. The input is the warp's
+        number; one output, for form's sake."""
         code = _Code()
-        pointers, exist = code.operands(1, 2), code.operands(3, 2)
-        for pointer, exists, values in zip(pointers, exist, by_head(code.operands(5, dim // 4)), strict=True):
+        code.add("bar.sync 0")
+        code.add(f"setp.gt.s32 {code.new('p')}, $1, 1")
+        code.add("@p1 exit")
+        code.add("mov.b32 $0, 0")
+        return code.text()
+
+    @staticmethod
+    def store_sums(dim: int, heads: int, apart: bool) -> str:
+        """Sums of one or two heads -> memory. Inputs: for each head the 64-bit address at the lane's first
+        dim, then whether each exists, then the sums: of two heads in the order of the state, of one in the
+        order of dims. The second half of the lane's dims follows the first, or lies `apart`, 64 further on.
+        One output, for form's sake."""
+        code = _Code()
+        pointers, exist = code.operands(1, heads), code.operands(1 + heads, heads)
+        sums = code.operands(1 + 2 * heads, heads * dim // 8)
+        of_heads = by_head(sums) if heads == 2 else (sums,)
+        for pointer, exists, values in zip(pointers, exist, of_heads, strict=True):
             predicate = code.guard(exists)
             for i in range(0, len(values), 4):
                 group = ", ".join(values[i : i + 4])
@@ -746,38 +856,22 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def store_part(dim: int) -> str:
-        """m and l of two heads and their sums -> memory, in the lanes' own order. Inputs: the lane's 64-bit
-        address, 16 bytes from the next one's, and 4 + dim / 4 numbers. One output, for form's sake."""
-        code, values = _Code(), _Code.operands(2, 4 + dim // 4)
-        for i in range(0, len(values), 4):
-            code.add(f"st.global.v4.f32 [$1+{128 * i}], {{{', '.join(values[i : i + 4])}}}")
-        code.add("mov.b32 $0, 0")
-        return code.text()
-
-    @staticmethod
-    def load_part(dim: int) -> str:
-        """What `store_part` has stored, past the L1 cache. Input: the lane's address."""
-        code, values = _Code(), _Code.operands(0, 4 + dim // 4)
-        for i in range(0, len(values), 4):
-            code.add(f"ld.global.cg.v4.f32 {{{', '.join(values[i : i + 4])}}}, [${len(values)}+{128 * i}]")
-        return code.text()
-
-    @staticmethod
-    def store_output(dim: int, apart: bool, rotated: bool, dtype: str) -> str:
+    def store_output(dim: int, heads: int, apart: bool, rotated: bool, dtype: str) -> str:
         """The same as `store_sums` in `dtype`, after √D · H where `rotated`; the first input is the lane.
 
         Without a branch between two heads the one's exchanges hide behind the other's.
         """
         code = _Code()
-        lane, pointers = "$1", code.operands(2, 2)
-        exist = [code.guard(x) for x in code.operands(4, 2)]
+        lane, pointers = "$1", code.operands(2, heads)
+        exist = [code.guard(x) for x in code.operands(2 + heads, heads)]
+        sums = code.operands(2 + 2 * heads, heads * dim // 8)
+        of_heads = by_head(sums) if heads == 2 else (sums,)
 
-        def store(heads: Iterable[int]) -> None:
-            for head in heads:
-                values = by_head(code.operands(6, dim // 4))[head]
+        def store(chosen: Iterable[int]) -> None:
+            for head in chosen:
+                values = of_heads[head]
                 if rotated:
-                    values = code.butterflies(values, lane, (4, 8, 16))
+                    values = code.butterflies(list(values), lane, (4, 8, 16))
                 pairs = [
                     code.do(f"cvt.rn.{'bf' if dtype == 'bf16' else 'f'}16x2.f32", values[i + 1], values[i])
                     for i in range(0, len(values), 2)
@@ -786,45 +880,41 @@ class _Blocks:
                     group, at = ", ".join(pairs[i : i + 4]), 2 * place(2 * i, dim, apart)
                     code.add(f"@{exist[head]} st.global.v4.b32 [{pointers[head]}+{at}], {{{group}}}")
 
-        two = code.new("p")
-        code.add(f"vote.sync.any.pred {two}, {exist[1]}, 0xffffffff")
-        code.add(f"@!{two} bra.uni ONE")
-        store((0, 1))
-        code.add("bra.uni STORED")
-        code.lines.append("ONE:")
+        if heads == 2:
+            two = code.new("p")
+            code.add(f"vote.sync.any.pred {two}, {exist[1]}, 0xffffffff")
+            code.add(f"@!{two} bra.uni ONE")
+            store((0, 1))
+            code.add("bra.uni STORED")
+            code.lines.append("ONE:")
         store((0,))
-        code.lines.append("STORED:")
+        if heads == 2:
+            code.lines.append("STORED:")
         code.add("mov.b32 $0, 0")
         return code.text()
 
     @staticmethod
-    def arrive() -> str:
-        """Count a program that has stored its part; the output is how many came before it, and the count
-        begins anew after the last. Inputs, the same in all lanes: the counter's 64-bit address, and how many
-        others there are. The last one's lanes may then load what all have stored."""
+    def warp() -> str:
+        """The number of the lane's warp; the input is that of the thread. By an exchange, so that ptxas knows
+        it for the same in all lanes."""
         code = _Code()
-        first, last, before = code.new("p"), code.new("p"), code.new()
-        code.add("fence.acq_rel.gpu")
-        code.add("bar.warp.sync 0xffffffff")
-        code.add(f"setp.eq.u32 {first}, {code.do('mov.u32', '%laneid')}, 0")
-        code.add(f"@{first} atom.global.inc.u32 {before}, [$1], $2")
-        code.add(f"shfl.sync.idx.b32 $0, {before}, 0, 0x1f, 0xffffffff")
-        code.add(f"setp.eq.u32 {last}, $0, $2")
-        code.add(f"@{last} fence.acq_rel.gpu")
+        code.add(f"shfl.sync.idx.b32 $0, {code.do('shr.u32', '$1', '5')}, 0, 0x1f, 0xffffffff")
         return code.text()
 
     @staticmethod
     def held_constants(scheme: str) -> str:
-        """Lower halves of look-up tables, which `prmt` takes from a register alone, then 2 where keys of
-        `scheme` let values be multiplied; the input is unused.
+        """Lower halves of look-up tables, which `prmt` takes from a register alone, for turbo-whole four
+        ones, then 2 where keys of `scheme` let values be multiplied; the input is unused.
 
         ptxas must not know them for constants, or it moves them anew each time (and shifts): 1, the number of
         lanes that equal this one, is added on the way.
         """
         code = _Code()
         one = code.do("popc.b32", code.do("mov.u32", "%lanemask_eq"))
-        tables = {"turbo": [TURBO_LEVELS], "lm4": [LM4_LEVELS[:8], LM4_LEVELS[8:]]}[scheme]
+        tables = [LM4_LEVELS[:8], LM4_LEVELS[8:]] if scheme == "lm4" else [TURBO_LEVELS]
         numbers = [int(code.table(table)[0], 16) for table in tables]
+        if scheme == "turbo-whole":
+            numbers.append(0x01010101)
         for i, number in enumerate(numbers + [2] * multiplies(scheme)):
             code.add(f"add.s32 ${i}, {one}, {number - 1}")
         return code.text()
@@ -898,13 +988,13 @@ def weigh(scheme: str, dim: int, multiply: bool) -> str:
 
 
 @triton.constexpr_function
-def store_sums(dim: int, apart: bool) -> str:
-    return _Blocks().store_sums(dim, apart)
+def mask(scheme: str, dim: int) -> str:
+    return _Blocks().mask(scheme, dim)
 
 
 @triton.constexpr_function
-def store_part(dim: int) -> str:
-    return _Blocks().store_part(dim)
+def leave_part(dim: int) -> str:
+    return _Blocks().leave_part(dim)
 
 
 @triton.constexpr_function
@@ -913,13 +1003,23 @@ def load_part(dim: int) -> str:
 
 
 @triton.constexpr_function
-def store_output(dim: int, apart: bool, rotated: bool, dtype: str) -> str:
-    return _Blocks().store_output(dim, apart, rotated, dtype)
+def meet() -> str:
+    return _Blocks().meet()
 
 
 @triton.constexpr_function
-def arrive() -> str:
-    return _Blocks().arrive()
+def store_sums(dim: int, heads: int, apart: bool) -> str:
+    return _Blocks().store_sums(dim, heads, apart)
+
+
+@triton.constexpr_function
+def store_output(dim: int, heads: int, apart: bool, rotated: bool, dtype: str) -> str:
+    return _Blocks().store_output(dim, heads, apart, rotated, dtype)
+
+
+@triton.constexpr_function
+def warp() -> str:
+    return _Blocks().warp()
 
 
 @triton.constexpr_function

@@ -7,7 +7,7 @@ the tensors of a launch hold and nothing else: an address outside of them, or on
 error, and so is a branch that lanes of a warp take differently. What is run is counted.
 
 Source: NVIDIA, Parallel Thread Execution ISA 8.7. Instructions that the kernels don't have are missing, and
-those of a warpgroup (`wgmma`), which prefill over history and the store of `qjl` have.
+those of a warpgroup (`wgmma`), which prefill over history has, and the store of `qjl` at odd head dims.
 """
 
 import re
@@ -179,10 +179,10 @@ class Warp:
             if line.guard:
                 active = self.names[line.guard] ^ line.negated
             name = line.operation
-            if name.startswith("bra") or name == "ret":
+            if name.startswith("bra") or name in ("ret", "exit"):
                 assert active.all() or not active.any(), f"lanes part at {line}"
                 if active.all():
-                    if name == "ret":
+                    if name in ("ret", "exit"):
                         break
                     at = self.program.targets[at]
                     continue

@@ -61,8 +61,8 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
     problem = build(case, reference.store, reference.store_raw)
     chunked = build(replace(case, chunks=(40,)), reference.store, reference.store_raw)
     with recording(quantize_store, paged_decode, paged_prefill, history_gluon, warp_decode) as launches:
-        for few in (0, quantize_store._FEW):
-            monkeypatch.setattr(quantize_store, "_FEW", few)
+        for lanes in (4, 8, 16):
+            monkeypatch.setattr(quantize_store, "_FEW_LANES", {2**20: lanes} if lanes > 4 else {})
             quantize_store.store(
                 problem.keys[0], problem.values[0], problem.pages, problem.slots, problem.layout
             )
@@ -75,7 +75,7 @@ def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -
         with monkeypatch.context() as portable:
             portable.setattr(warp_decode, "has_products", lambda device: False)
             decode(problem, paged_decode.paged_decode, splits=4, **biased)
-        for splits in (warp_decode._MOST_MERGED, warp_decode._MOST_MERGED_SHORT + 1):
+        for splits in (1, 4, 7, 16):  # one or several warps of one or several programs
             decode(problem, paged_decode.paged_decode, splits=splits, **biased)
         prefill(chunked, paged_prefill.paged_prefill, **biased)
     specialized = name in SPECIALIZED_CASES and capability == 90

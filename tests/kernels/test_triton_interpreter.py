@@ -257,17 +257,26 @@ else:
         different = (ours != twin).sum().item()
         assert different <= (0 if not codec.rotated else twin.numel() // 500), different
 
-    @pytest.mark.parametrize("codecs", ["turbo:lm2", "int8:fp8", "none:none"])
-    def test_store_of_few_tokens(codecs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("head_dim", "dtype"),
+        [(64, torch.float16), (128, torch.float16), (256, torch.float16), (64, torch.float32)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("name", CODEC_NAMES)
+    def test_store_in_any_number_of_lanes(
+        name: str, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Vectors in more lanes, as where tokens are few, become the same bytes."""
-        layout = PageLayout(*map(get_codec, codecs.split(":")), 16, 2, 128, 128, torch.float16)
-        key, value = torch.randn(2, 37, 2, 128, generator=torch.Generator().manual_seed(4)).half()
-        slots = torch.randperm(16 * 6, generator=torch.Generator().manual_seed(2))[:37] + 16
-        few, many = (layout.empty_pages(8, "cpu") for _ in range(2))
-        quantize_store.store(key, value, few, slots, layout)
-        monkeypatch.setattr(quantize_store, "_FEW", 0)
-        quantize_store.store(key, value, many, slots, layout)
-        assert torch.equal(few, many) and few.any()
+        layout = PageLayout(get_codec(name), get_codec(name), 16, 1, head_dim, head_dim, dtype)
+        key, value = torch.randn(2, 9, 1, head_dim, generator=torch.Generator().manual_seed(4)).to(dtype)
+        slots = torch.randperm(16, generator=torch.Generator().manual_seed(2))[:9]
+        written = []
+        for few in ({}, {9: 8}, {9: 16}):
+            monkeypatch.setattr(quantize_store, "_FEW_LANES", few)
+            written.append(layout.empty_pages(1, "cpu"))
+            quantize_store.store(key, value, written[-1], slots, layout)
+        assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
+        assert written[0].any()
 
     @pytest.mark.parametrize("head_dim", [64, 96])
     @pytest.mark.parametrize("name", [name for name in CODEC_NAMES if name != "none"])
