@@ -394,20 +394,20 @@ def paged_decode(
     longest = block_tables.shape[1] * layout.page_size if max_context is None else max_context
     reach = min(longest, window) if window else longest
     by_warps = bias is None and warp_decode.fits(query, layout)
-    if splits is None and by_warps:
-        splits = warp_decode.num_splits(requests, layout, reach, _multiprocessors(query.device))
-    elif splits is None:
-        splits = num_splits(requests, layout, triton.cdiv(reach, tokens), _multiprocessors(query.device))
-    warps = 1
-    if by_warps:
-        splits, warps = warp_decode.by_program(layout, splits)
-    parts = splits + (raw is not None)
     device, value_dim = query.device, layout.value_dim
     leave = out is not None
     if out is None:
         out = torch.empty(requests, query_heads, value_dim, dtype=query.dtype, device=device)
     if not requests:
         return out
+    plan = None
+    if by_warps:
+        memory = warp_decode.shared_memory(device)
+        plan = warp_decode.plan(requests, layout, reach, _multiprocessors(device), memory, splits)
+        splits = plan.parts
+    elif splits is None:
+        splits = num_splits(requests, layout, triton.cdiv(reach, tokens), _multiprocessors(device))
+    parts = splits + (raw is not None)
     merge = by_warps and raw is None and warp_decode.merges(out, splits)
     partial = torch.empty(requests, query_heads, parts, value_dim, dtype=torch.float32, device=device)
     partial2 = torch.empty_like(partial) if layout.value.scheme == "qjl" else partial
@@ -416,11 +416,11 @@ def paged_decode(
     sink, recent = (0, 0) if raw is None else (raw.sink, raw.recent)
     first_part = 0
     early = by_warps and raw is None and warp_decode.has_dependent_launches(device)
-    if by_warps:
+    if plan:
         warp_decode.launch(
-            query, pages, block_tables, context_lens, layout, partial, stats, out,
+            query, pages, block_tables, context_lens, layout, partial, stats, out, plan,
             scale=scale, softcap=softcap, window=window, sinks=sinks, sink=sink, recent=recent,
-            programs=splits, warps=warps, merge=merge, leave=leave, early=early,
+            merge=merge, leave=leave, early=early,
         )  # fmt: skip
         if merge:
             return out

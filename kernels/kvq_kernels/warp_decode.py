@@ -1,18 +1,24 @@
-"""Decode on sm_80 and newer, bound by memory: a warp for a part of a sequence, from the page's bytes to the
+"""Decode on sm_80 and newer, bound by memory: a warp for a share of a sequence, from the page's bytes to the
 matrix units.
 
 Tokens stream through a ring in shared memory, as they are, by asynchronous copies; no two lanes exchange
-unpacked numbers: see `warp_ptx.py` for which lane holds what. Warps have nothing in common until the end,
-where those of a program merge what they found; where a sequence has several programs, `paged_decode` merges
-theirs in a second launch.
+unpacked numbers: see `warp_ptx.py` for which lane holds what. A *team* of warps takes a part of a sequence,
+the whole of it where it can. Its warps have nothing in common until the end, where they merge what they
+found. Where a sequence has several parts, `paged_decode` merges them in a second launch.
+
+A program has one team, or, where that fills the GPU, all the warps of a multiprocessor: these run at the speed
+of their age, and only shares that follow it, in teams that mix all ages, are done at the same time.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvq_kernels import warp_ptx as ptx
@@ -26,11 +32,15 @@ _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
-_MOST_WARPS, _MOST_BYTES = 4, 48 << 10
-"""Of a program: more shared memory has to be asked for at the launch, which triton does for its own alone."""
+_SCHEDULERS = 4
+"""Of a multiprocessor. Warp i of a program runs on the i-th, modulo these."""
+_SHARES = (1, 1, 1, 1)
+"""Of the work, by age: a scheduler prefers the oldest of its warps, the first of a program's."""
+WHOLE = tl.constexpr(2048)
+"""What a team's shares add up to."""
 _MOST_IDLE = 0.25
-"""Share of a multiprocessor's warps that may be missing where that makes a sequence's parts one program's:
-less than a second launch costs."""
+"""Share of the GPU's warps that may be missing where that makes a sequence one team's: less than a second
+launch costs."""
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -245,32 +255,32 @@ def _sum_over_groups(x):
 
 
 @triton.jit
-def _merge(at, unit, WARPS: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr):
-    """Parts of one head, `STRIDE` bytes from one to the next -> m, l and undivided sums, by dim."""
+def _merge(at, unit, TEAM: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr):
+    """Shares of one head, `STRIDE` bytes from one to the next -> m, l and undivided sums, by dim."""
     COUNT: tl.constexpr = 2 + D // 8
-    parts = ()
-    for i in tl.static_range(WARPS):
-        part = tl.inline_asm_elementwise(
-            ptx.load_part(D), ptx.constraints("f" * COUNT, "r"), [at + i * STRIDE],
+    ms = ()
+    for i in tl.static_range(TEAM):
+        m = tl.inline_asm_elementwise(
+            ptx.load_maximum(), "=f,r", [at + i * STRIDE], dtype=tl.float32, is_pure=False, pack=1
+        )
+        ms = ms + (m,)  # type: ignore[assignment]
+    top = ms[0]  # type: ignore[misc]
+    for i in tl.static_range(1, TEAM):
+        top = tl.maximum(top, ms[i])
+    base = tl.where(top == float("-inf"), 0.0, top)
+    merged = ()
+    for i in tl.static_range(TEAM):
+        weight = tl.exp2((ms[i] - base) * unit)
+        share = tl.inline_asm_elementwise(
+            ptx.load_share(D), ptx.constraints("f" * COUNT, "r"), [at + i * STRIDE],
             dtype=ptx.types(COUNT, tl.float32), is_pure=False, pack=1,
         )  # fmt: skip
-        parts = parts + (part,)  # type: ignore[assignment]
-    top = parts[0][0]  # type: ignore[misc]
-    for i in tl.static_range(1, WARPS):
-        top = tl.maximum(top, parts[i][0])
-    base = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp2((parts[0][0] - base) * unit)  # type: ignore[misc]
-    l, sums = parts[0][1] * weight, ()  # type: ignore[misc]
-    for j in tl.static_range(2, COUNT):
-        sums = sums + (parts[0][j] * weight,)  # type: ignore
-    for i in tl.static_range(1, WARPS):
-        weight = tl.exp2((parts[i][0] - base) * unit)
-        l += parts[i][1] * weight
         joined = ()
-        for j in tl.static_range(2, COUNT):
-            joined = joined + (sums[j - 2] + parts[i][j] * weight,)  # type: ignore[assignment]
-        sums = joined
-    return top, l, sums
+        for j in tl.static_range(1, COUNT):
+            so_far = share[j] * weight if i == 0 else merged[j - 1] + share[j] * weight  # type: ignore[misc]
+            joined = joined + (so_far,)  # type: ignore[assignment]
+        merged = joined
+    return top, merged[0], merged[1:]  # type: ignore[misc]
 
 
 @triton.jit
@@ -333,28 +343,43 @@ def _store_part(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "splits", "parts", "group", "min_tiles"])
+@gluon.jit(do_not_specialize=["table_stride", "window", "sequences", "splits", "group", "min_tiles"])
 def _warp_decode_kernel(
     query, pages, tables, context_lens, partial, stats, out, sinks,
     query_stride, query_head_stride, out_stride, out_head_stride, page_stride, table_stride,
-    scale, softcap, window, splits, parts, group, min_tiles,
+    scale, softcap, window, sequences, splits, parts, group, min_tiles,
     MERGE: tl.constexpr, LEAVE: tl.constexpr, EARLY: tl.constexpr, HAS_SINKS: tl.constexpr,
     VALUE_ROTATED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
-    WARPS: tl.constexpr, FINGERPRINT: tl.constexpr,
+    WARPS: tl.constexpr, TEAM: tl.constexpr, SEATS: tl.constexpr, FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
-    """WARPS of `splits` parts of one request's sequence and one kv head. MERGE: there are no others.
+    """Teams of TEAM warps, each for one of `splits` parts of one request's sequence and one kv head.
 
-    LEAVE: rows of context 0 are somebody else's. EARLY: whoever merges is launched meanwhile, and waits.
+    SEATS: see `seats`. MERGE: there are no other parts. LEAVE: rows of context 0 are somebody else's. EARLY:
+    whoever merges is launched meanwhile, and waits. Scalars that follow from `warp` differ between warps: no
+    operation here is the program's as a whole.
     """
     if EARLY:
         gdc_launch_dependents()
-    part, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    thread = tl.arange(0, 32 * WARPS)
+    thread = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     lane = thread % 32
     g, t = lane // 4, lane % 4
+    sequence, part = tl.program_id(0), tl.program_id(1)
+    ring_of_team, member, start, stop = 0, 0, 0, 0
+    if WARPS > 1:
+        warp = tl.inline_asm_elementwise(ptx.warp(), "=r,r", [sequence], tl.int32, True, 1)
+        for i in tl.static_range(WARPS):
+            chosen = warp == i
+            ring_of_team = tl.where(chosen, SEATS[i][0], ring_of_team)
+            member = tl.where(chosen, SEATS[i][1], member)
+            start = tl.where(chosen, SEATS[i][2], start)
+            stop = tl.where(chosen, SEATS[i][3], stop)
+        sequence = sequence * (WARPS // TEAM) + ring_of_team
+    there = sequence < sequences
+    sequence = tl.minimum(sequence, sequences - 1)
+    request, head = (sequence // HEADS).to(tl.int64), sequence % HEADS
     at = query + request * query_stride + (head * group + g) * query_head_stride + t * ptx.query_part(KEY, D)
     words = tl.inline_asm_elementwise(
         ptx.load_query(KEY, D), ptx.constraints("r" * (D // 8), "lr"),
@@ -369,33 +394,38 @@ def _warp_decode_kernel(
     begin = low // T
     end = tl.maximum(tl.cdiv(high, T), begin)
     share = tl.maximum(tl.cdiv(end - begin, splits), min_tiles)
-    begin_here = begin + part * WARPS * share
-    count = tl.minimum(share, end - begin_here)
+    first = begin + part * share
+    count = tl.minimum(share, end - first)
     row = (request * HEADS + head) * group
     out += request * out_stride + head * group * out_head_stride
-    if count <= 0:
-        every = tl.arange(0, 8)
+    if (count <= 0) | (not there):
         if not MERGE:
-            nothing = stats + ((row + every) * parts + part) * 2
-            tl.store(nothing, tl.full((8,), float("-inf"), tl.float32), mask=every < group)
-            tl.store(nothing + 1, tl.zeros((8,), tl.float32), mask=every < group)
+            nothing = stats + ((row + g) * parts + part) * 2
+            kept = (g < group) & (t == 0) & there & (member == 0)
+            tl.store(nothing, lane * 0.0 - float("inf"), mask=kept)
+            tl.store(nothing + 1, lane * 0.0, mask=kept)
         elif not LEAVE:
-            place = out + every[:, None] * out_head_stride + tl.arange(0, D)[None, :]
-            nothing = tl.zeros((8, D), out.dtype.element_ty)
-            tl.store(place, nothing, mask=(every < group)[:, None] & (part == 0))
+            zeros = (lane * 0).to(out.dtype.element_ty)
+            for i in tl.static_range(D // 4):
+                place = out + g * out_head_stride + (t * (D // 4) + i)
+                tl.store(place, zeros, mask=(g < group) & (part == 0) & there & (member == 0))
         return
 
     # the first tile is on its way while the query is prepared
     STEPS: tl.constexpr = T // 16
-    RING: tl.constexpr = ptx.ring_bytes(KEY, VALUE, D, T, WARPS)
-    rings = tl.inline_asm_elementwise(ptx.ring(RING * WARPS), "=r,r", [lane], tl.int32, False, 1)
-    warp = thread * 0
-    if WARPS > 1:
-        warp = tl.inline_asm_elementwise(ptx.warp(), "=r,r", [thread], tl.int32, True, 1)
-    ring = rings + warp * RING
+    RING: tl.constexpr = ptx.ring_bytes(KEY, VALUE, D, T, TEAM)
+    memory = gl.allocate_shared_memory(
+        gl.int32, [RING // 128 + 1, 32 * WARPS], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    )
+    memory.index(RING // 128).store(thread)  # what nothing uses has no address
+    rings = tl.inline_asm_elementwise(ptx.shared_memory(), "=r,r", [sequence], tl.int32, True, 1)
+    rings += ring_of_team * (TEAM * RING)
+    ring = rings + member * RING
     targets, parts_at = _targets(lane, ring, KEY, VALUE, D, T), _parts(lane, ring, KEY, VALUE, D, T)
-    first = begin_here + warp * share
-    last = tl.minimum(first + share, end)
+    last = first + count
+    if TEAM > 1:
+        last = first + count * stop // WHOLE
+        first += count * start // WHOLE
     table = tables + request * table_stride
     block = pages + head.to(tl.int64) * BLOCK_BYTES
     here = block + tl.load(table + tl.minimum(first, end - 1) * T // P).to(tl.int64) * page_stride
@@ -431,12 +461,11 @@ def _warp_decode_kernel(
 
     STATE: tl.constexpr = ptx.step_state(D)
     W: tl.constexpr = ptx.value_words(VALUE, D)
-    zero = tl.zeros((32 * WARPS,), tl.float32)
+    zero = lane * 0.0
     one = zero + 1.0
     lowest = zero + ptx.NO_MAXIMUM
     state = (lowest, lowest, zero, zero, zero, zero, zero + _first_scale(VALUE)) + (zero,) * (STATE - 7)
-    for step in range(count):
-        tile = first + step
+    for tile in range(first, last):
         here = block + following.to(tl.int64) * page_stride
         following = tl.load(table + tl.minimum(tile + 2, end - 1) * T // P)
         sources = _sources(lane, here, (tile + 1) * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
@@ -497,16 +526,18 @@ def _warp_decode_kernel(
     APART: tl.constexpr = W == 8
     at = g * (8 if APART else D // 8)
     heads, ms, ls = (2 * t, 2 * t + 1), (m0, m1), (l0, l1)
-    if WARPS > 1:
-        # the first two warps merge one head each of a lane's
+    if TEAM > 1:
+        # the first two of a team merge one head each of a lane's
         tl.inline_asm_elementwise(
-            ptx.leave_part(D), ptx.constraints("r", "r" + "f" * (4 + D // 4)),
+            ptx.leave_share(D), ptx.constraints("r", "r" + "f" * (4 + D // 4)),
             (ring + lane * 16, m0, m1, l0, l1) + sums, dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-        tl.inline_asm_elementwise(ptx.meet(), "=r,r", [warp], tl.int32, False, 1)
-        here = rings + lane * 16 + warp * (128 * ptx.part_words(D))
-        m, l, sums = _merge(here, unit, WARPS, D, RING)
-        heads, ms, ls = (2 * t + warp,), (m,), (l,)  # type: ignore[assignment]
+        tl.inline_asm_elementwise(
+            ptx.meet(TEAM), "=r,r,r", [lane * 0 + ring_of_team, lane * 0 + member], tl.int32, False, 1
+        )
+        here = rings + lane * 16 + member * (128 * ptx.share_words(D))
+        m, l, sums = _merge(here, unit, TEAM, D, RING)
+        heads, ms, ls = (2 * t + member,), (m,), (l,)  # type: ignore[assignment]
     if MERGE:
         _store_output(
             lane, heads, ms, ls, sums, out, out_head_stride, at, sinks + head * group, group, unit,
@@ -543,33 +574,84 @@ def fits(query: Tensor, layout: PageLayout) -> bool:
     )
 
 
-def num_splits(requests: int, layout: PageLayout, longest: int, multiprocessors: int) -> int:
-    """Parts of a sequence: one wave of warps, no more than there is work for."""
-    _, registers = _shape(*_schemes(layout), layout.key_dim)
-    wanted = _warps(registers) * multiprocessors // (requests * layout.num_kv_heads)
-    return max(1, min(wanted, longest // _MIN_TOKENS, 128))
+@lru_cache(maxsize=16)
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def by_program(layout: PageLayout, splits: int) -> tuple[int, int]:
-    """Programs of a sequence that is to have about `splits` parts, and the warps of each.
+class Plan(NamedTuple):
+    """How the warps of a launch share the work."""
 
-    One program, where that takes not many of the parts; else as few as keep nearly all.
+    parts: int
+    """Of a sequence, one for a team."""
+    team: int
+    """Warps of a team."""
+    warps: int
+    """Of a program: of one team, or of several."""
+
+
+def plan(
+    requests: int, layout: PageLayout, longest: int, multiprocessors: int, shared: int, splits: int | None
+) -> Plan:
+    """One wave of warps, no more than there is work for; `splits`: instead, so many warps for a sequence.
+
+    One team, where that takes not many of them; else as few teams as keep nearly all. `shared` is the memory
+    that a program may have.
     """
     key, value = _schemes(layout)
-    tile, _ = _shape(key, value, layout.key_dim)
-    warps = min(_MOST_WARPS, 1 << splits.bit_length() - 1)
-    while warps * ptx.ring_bytes(key, value, layout.key_dim, tile, warps) > _MOST_BYTES:
-        warps //= 2
-    if warps >= (1 - _MOST_IDLE) * splits:
-        return 1, warps
-    while splits % warps > splits // 8:
-        warps //= 2
-    return splits // warps, warps
+    tile, registers = _shape(key, value, layout.key_dim)
+    room, sequences = _warps(registers), requests * layout.num_kv_heads
+    wanted = splits or max(1, min(room * multiprocessors // sequences, longest // _MIN_TOKENS, 128))
+    most = room & -room
+    while most * ptx.ring_bytes(key, value, layout.key_dim, tile, most) > shared:
+        most //= 2
+    team = min(most, 1 << wanted.bit_length() - 1)
+    parts = 1
+    if team < (1 - _MOST_IDLE) * wanted:
+        while wanted % team > wanted // 8:
+            team //= 2
+        parts = wanted // team
+    full = team > 1 and sequences * parts * team > (1 - _MOST_IDLE) * multiprocessors * most
+    return Plan(parts, team, most if full else team)
 
 
-def merges(out: Tensor, programs: int) -> bool:
+@lru_cache(maxsize=64)
+def seats(warps: int, team: int) -> tuple[tuple[int, int, int, int], ...]:
+    """For each warp of a program its team, its number there, and where its share of the team's work begins
+    and ends, of WHOLE.
+
+    Teams mix ages: where a scheduler has two warps of a team, one is as much older than the mean as the other
+    is younger; where it has one, another scheduler's makes up for it.
+    """
+    ages = warps // _SCHEDULERS
+    shares = _SHARES if ages == len(_SHARES) else (1,) * max(1, ages)
+    members: dict[int, list[int]] = {}
+    for warp in range(warps):
+        age, scheduler = divmod(warp, _SCHEDULERS)
+        pair = min(age, ages - 1 - age)
+        if team >= 2 * _SCHEDULERS or ages < 2:
+            number = pair * 2 * _SCHEDULERS // team if ages > 1 else warp // team
+        elif team == _SCHEDULERS:
+            number = (age + scheduler) % ages
+        else:
+            number = (scheduler * ages // 2 + pair) * 2 // team
+        members.setdefault(number, []).append(warp)
+    result = [(0, 0, 0, 0)] * warps
+    for number, of_team in members.items():
+        assert len(of_team) == team, (warps, team)
+        weights = [shares[warp // _SCHEDULERS] if ages else 1 for warp in of_team]
+        so_far = 0.0
+        for i, (warp, weight) in enumerate(zip(of_team, weights, strict=True)):
+            bounds = (round(WHOLE.value * x / sum(weights)) for x in (so_far, so_far + weight))
+            result[warp] = (number, i, *bounds)
+            so_far += weight
+    return tuple(result)
+
+
+def merges(out: Tensor, parts: int) -> bool:
     """Whether the launch writes the output itself."""
-    return programs == 1 and out.stride(0) % 8 == out.stride(1) % 8 == out.data_ptr() % 16 == 0
+    return parts == 1 and out.stride(0) % 8 == out.stride(1) % 8 == out.data_ptr() % 16 == 0
 
 
 def launch(
@@ -581,6 +663,7 @@ def launch(
     partial: Tensor,
     stats: Tensor,
     out: Tensor,
+    plan: Plan,
     *,
     scale: float,
     softcap: float,
@@ -588,13 +671,11 @@ def launch(
     sinks: Tensor | None,
     sink: int,
     recent: int,
-    programs: int,
-    warps: int,
     merge: bool,
     leave: bool,
     early: bool,
 ) -> None:
-    """Parts 0 … programs - 1 of all requests to partial and stats, as `_merge_kernel` reads them; or, to
+    """Parts 0 … plan.parts - 1 of all requests to partial and stats, as `_merge_kernel` reads them; or, to
     `merge`, the output."""
     requests, query_heads, head_dim = query.shape
     heads = layout.num_kv_heads
@@ -604,15 +685,18 @@ def launch(
     if has_e4m3(query.device):
         key, value = ("e4m3" if scheme == "fp8" else scheme for scheme in (key, value))
     tile, registers = _shape(key, value, head_dim)
-    _warp_decode_kernel[(programs, heads, requests)](
+    parts, team, warps = plan
+    programs = triton.cdiv(requests * heads, warps // team)
+    _warp_decode_kernel[(programs, parts)](
         query, pages, block_tables, context_lens, partial, stats, out, stats if sinks is None else sinks,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         pages.stride(0), block_tables.stride(0), scale, softcap, window,
-        programs * warps, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
+        requests * heads, parts, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
         MERGE=merge, LEAVE=leave, EARLY=early and not merge, HAS_SINKS=sinks is not None,
         VALUE_ROTATED=layout.value.rotated, KEY=key, VALUE=value, ROTATED=layout.key.rotated,
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
         HEADS=heads, DTYPE=_SHORT[layout.dtype], D=head_dim, P=layout.page_size, T=tile,
-        WARPS=warps, FINGERPRINT=ptx.FINGERPRINT, num_warps=warps, maxnreg=registers,
+        WARPS=warps, TEAM=team, SEATS=seats(warps, team), FINGERPRINT=ptx.FINGERPRINT,
+        num_warps=warps, maxnreg=registers,
     )  # fmt: skip

@@ -390,17 +390,17 @@ def step_state(dim: int) -> int:
 
 
 @triton.constexpr_function
-def part_words(dim: int) -> int:
+def share_words(dim: int) -> int:
     """Numbers of a lane that a warp leaves for those that merge, of one head: m, l and its sums, and no more
     than to make whole pieces of 16 bytes."""
     return -(-(2 + dim // 8) // 4) * 4
 
 
 @triton.constexpr_function
-def ring_bytes(key: str, value: str, dim: int, tokens: int, warps: int) -> int:
-    """Shared memory of a warp: of a tile, and of its part if there are others."""
-    part = 2 * 32 * 4 * part_words(dim) if warps > 1 else 0
-    return max(tile_bytes(key, value, dim, tokens), part)
+def ring_bytes(key: str, value: str, dim: int, tokens: int, team: int) -> int:
+    """Shared memory of a warp: of a tile, and of its share if there are others."""
+    share = 2 * 32 * 4 * share_words(dim) if team > 1 else 0
+    return max(tile_bytes(key, value, dim, tokens), share)
 
 
 class _Blocks:
@@ -410,9 +410,10 @@ class _Blocks:
     """
 
     @staticmethod
-    def ring(size: int) -> str:
-        """The shared address of `size` bytes of the program's own; the input is unused. For one call."""
-        return f"{{\n.shared .align 128 .b8 ring[{size}];\nmov.u32 $0, ring;\n}}"
+    def shared_memory() -> str:
+        """The shared address of what the program has allocated, which must be one piece. The input is
+        unused."""
+        return "mov.u32 $0, global_smem;"
 
     @staticmethod
     def copy(key: str, value: str, dim: int, step: int) -> str:
@@ -799,11 +800,11 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def leave_part(dim: int) -> str:
+    def leave_share(dim: int) -> str:
         """m, l and sums of both heads -> shared memory, in pieces of 16 bytes. Inputs: the lane's shared
         address, 16 bytes from the next one's; m, m, l, l; and the sums in the order of the state. One output,
         for form's sake."""
-        code, words = _Code(), part_words(dim)
+        code, words = _Code(), share_words(dim)
         m, l, sums = code.operands(2, 2), code.operands(4, 2), code.operands(6, dim // 4)
         for head, values in enumerate(by_head(sums)):
             numbers = [m[head], l[head], *values]
@@ -815,10 +816,10 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def load_part(dim: int) -> str:
-        """What `leave_part` has left of one head: m, l, sums in the order of dims. Input: the shared address
+    def load_share(dim: int) -> str:
+        """What `leave_share` has left of one head: m, l, sums in the order of dims. Input: the shared address
         of the lane and the head."""
-        code, words = _Code(), part_words(dim)
+        code, words = _Code(), share_words(dim)
         count = 2 + dim // 8
         values = [*code.operands(0, count), *(code.new("f") for _ in range(words - count))]
         for i in range(0, words, 4):
@@ -827,12 +828,17 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def meet() -> str:
-        """Until all warps have left their parts; all but the first two then end. The input is the warp's
-        number; one output, for form's sake."""
+    def load_maximum() -> str:
+        """m of what `leave_share` has left. Input: the shared address of the lane and the head."""
+        return "{\n.reg .f32 f<4>;\nld.shared.v4.f32 {$0, f1, f2, f3}, [$1];\n}"
+
+    @staticmethod
+    def meet(team: int) -> str:
+        """Until all warps of a team have left their shares; all but its first two then end. Inputs: the
+        team's number and the warp's in it; one output, for form's sake."""
         code = _Code()
-        code.add("bar.sync 0")
-        code.add(f"setp.gt.s32 {code.new('p')}, $1, 1")
+        code.add(f"bar.sync $1, {32 * team}")
+        code.add(f"setp.gt.s32 {code.new('p')}, $2, 1")
         code.add("@p1 exit")
         code.add("mov.b32 $0, 0")
         return code.text()
@@ -895,10 +901,11 @@ class _Blocks:
 
     @staticmethod
     def warp() -> str:
-        """The number of the lane's warp; the input is that of the thread. By an exchange, so that ptxas knows
-        it for the same in all lanes."""
+        """The number of the warp in its program; the input is unused. By an exchange, so that ptxas knows it
+        for the same in all lanes."""
         code = _Code()
-        code.add(f"shfl.sync.idx.b32 $0, {code.do('shr.u32', '$1', '5')}, 0, 0x1f, 0xffffffff")
+        number = code.do("shr.u32", code.do("mov.u32", "%tid.x"), "5")
+        code.add(f"shfl.sync.idx.b32 $0, {number}, 0, 0x1f, 0xffffffff")
         return code.text()
 
     @staticmethod
@@ -938,8 +945,8 @@ class _Blocks:
 
 
 @triton.constexpr_function
-def ring(size: int) -> str:
-    return _Blocks().ring(size)
+def shared_memory() -> str:
+    return _Blocks().shared_memory()
 
 
 @triton.constexpr_function
@@ -993,18 +1000,23 @@ def mask(scheme: str, dim: int) -> str:
 
 
 @triton.constexpr_function
-def leave_part(dim: int) -> str:
-    return _Blocks().leave_part(dim)
+def leave_share(dim: int) -> str:
+    return _Blocks().leave_share(dim)
 
 
 @triton.constexpr_function
-def load_part(dim: int) -> str:
-    return _Blocks().load_part(dim)
+def load_share(dim: int) -> str:
+    return _Blocks().load_share(dim)
 
 
 @triton.constexpr_function
-def meet() -> str:
-    return _Blocks().meet()
+def load_maximum() -> str:
+    return _Blocks().load_maximum()
+
+
+@triton.constexpr_function
+def meet(team: int) -> str:
+    return _Blocks().meet(team)
 
 
 @triton.constexpr_function

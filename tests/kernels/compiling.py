@@ -116,6 +116,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
         monkeypatch.setattr(module, "has_e4m3", lambda device: capability >= 89)
     monkeypatch.setattr(warp_decode, "has_products", lambda device: capability >= 80)
     monkeypatch.setattr(warp_decode, "has_dependent_launches", lambda device: capability >= 90)
+    monkeypatch.setattr(warp_decode, "shared_memory", lambda device: SHARED_LIMIT[capability] << 10)
     monkeypatch.setattr(paged_prefill, "generation", lambda device: capability // 10)
 
 

@@ -187,7 +187,8 @@ class Warp:
                     at = self.program.targets[at]
                     continue
             elif name.startswith(("bar.sync", "barrier.sync")):
-                yield name
+                number, *threads = (int(self.value(x, "u32")[0]) for x in line.operands)
+                yield number, threads[0] // 32 if threads else None
             elif active.any():
                 self.counts[name] += 1
                 self.execute(line, active)
@@ -675,12 +676,16 @@ def run_kernel(
     for index in np.random.default_rng(seed).permutation(x * y * z).tolist():
         place, shared = (index % x, index // x % y, index // x // y), np.full(size, 0xFF, U8)
         members = [Warp(program, values | _special(i, warps, place), memory, shared) for i in range(warps)]
-        running = [warp.run() for warp in members]
-        while True:
-            reached = {next(warp, "the end") for warp in running}
-            assert len(reached) == 1, f"warps wait for each other at {reached}"
-            if reached == {"the end"}:
-                break
+        runs = [warp.run() for warp in members]
+        ready, waiting = list(range(warps)), {}
+        while ready:
+            at = {i: next(runs[i], None) for i in ready}
+            waiting |= {i: barrier for i, barrier in at.items() if barrier}
+            arrived = Counter(waiting.values())
+            full = [x for x in arrived if arrived[x] == (x[1] or warps)]
+            ready = [i for i, barrier in waiting.items() if barrier in full]
+            waiting = {i: barrier for i, barrier in waiting.items() if barrier not in full}
+        assert not waiting, f"warps wait for others, each at a barrier and for so many: {waiting}"
         for warp in members:
             counts += warp.counts
     return counts
