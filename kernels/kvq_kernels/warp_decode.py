@@ -32,6 +32,8 @@ _MIN_TOKENS = 128
 """Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
+_PIECES = 2
+"""Of a tile: each is filled again as soon as it is read."""
 _SCHEDULERS = 4
 """Of a multiprocessor. Warp i of a program runs on the i-th, modulo these."""
 _SHARES = (1, 1, 1, 1)
@@ -93,21 +95,25 @@ def _load_values(address, metadata, i: tl.constexpr, SCHEME: tl.constexpr, D: tl
 
 
 @triton.jit
-def _swizzled(offset, SWIZZLE: tl.constexpr):
-    return offset ^ ((offset >> SWIZZLE[0] & SWIZZLE[1]) << SWIZZLE[2])
+def _by_bits(lane, WEIGHTS: tl.constexpr):
+    """The sum of the weights of the bits that the lane's number has."""
+    total = lane * 0
+    for i in tl.static_range(len(WEIGHTS)):
+        total += (lane >> i & 1) * WEIGHTS[i]
+    return total
 
 
 @triton.jit
-def _sources(
-    lane, block, row, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr,
-):  # fmt: skip
+def _sources(block, row, places, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr):
     """Where the lane begins to copy a tile from `row` of a block on: keys, values, numbers."""
-    return (
-        (block + row * ptx.key_bytes(KEY, D) + lane * 16).to(tl.int64),
-        (block + row * ptx.value_bytes(VALUE, D) + (VALUE_OFFSET + lane * 16)).to(tl.int64),
-        (block + row * 2 + (META_OFFSET + lane // 2 * (2 * P) + lane % 2 * 16)).to(tl.int64),
-    )
+    rows = row * ptx.key_bytes(KEY, D), row * ptx.value_bytes(VALUE, D), row * 2
+    found = ()
+    for i in tl.static_range(3):
+        place = tl.inline_asm_elementwise(
+            ptx.address(), "=l,l,r", [block.to(tl.int64), places[i] + rows[i]], tl.int64, True, 1
+        )
+        found = found + (place,)  # type: ignore[assignment]
+    return found
 
 
 @triton.jit
@@ -116,20 +122,20 @@ def _targets(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr
     K: tl.constexpr = ptx.key_bytes(KEY, D)
     V: tl.constexpr = ptx.value_bytes(VALUE, D)
     return (
-        ring + _swizzled(lane * 16, ptx.key_swizzle(KEY, D)),
-        ring + T * K + _swizzled(lane * 16, ptx.value_swizzle(VALUE, D)),
+        ring + _by_bits(lane, ptx.key_bits(KEY, D, True)),
+        ring + T * K + _by_bits(lane, ptx.value_bits(VALUE, D, True)),
         ring + T * (K + V) + lane // 2 * (2 * T) + lane % 2 * 16,
     )
 
 
 @triton.jit
 def _copy(
-    lane, sources, targets, wanted, i: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr,
+    lane, sources, targets, wanted, first: tl.constexpr, STEPS: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Start copying step i of a tile, where `wanted`."""
+    """Start copying STEPS steps of a tile, where `wanted`."""
     tl.inline_asm_elementwise(
-        ptx.copy(KEY, VALUE, D, i), ptx.constraints("r", "lllrrrrr"),
+        ptx.copy(KEY, VALUE, D, T, first, STEPS), ptx.constraints("r", "lllrrrrr"),
         sources + targets + (lane, wanted.to(tl.int32)), dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -140,11 +146,11 @@ def _parts(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, 
     g, t = lane // 4, lane % 4
     K: tl.constexpr = ptx.key_bytes(KEY, D)
     V: tl.constexpr = ptx.value_bytes(VALUE, D)
-    PART: tl.constexpr = 8 if K == 32 else 16
-    VALUE_PART: tl.constexpr = 16 if V == 256 else V // 8
+    KEYS: tl.constexpr = ptx.key_strides(KEY, D)
+    VALUES: tl.constexpr = ptx.value_strides(VALUE, D)
     return (
-        ring + _swizzled(g * (2 * K) + t * PART, ptx.key_swizzle(KEY, D)),
-        ring + T * K + _swizzled(t * (4 * V) + g * VALUE_PART, ptx.value_swizzle(VALUE, D)),
+        ring + g * KEYS[0] + t * KEYS[1],
+        ring + T * K + g % VALUES[3] * VALUES[0] + g // VALUES[3] * VALUES[1] + t * VALUES[2],
         ring + T * (K + V) + g * 4,
         ring + T * (K + V + 2 * ptx.key_numbers(KEY)) + g * 4,
     )
@@ -236,13 +242,13 @@ def _value_scale(loaded, one, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.const
 
 @triton.jit
 def _mask(
-    edge, start, low, high, row, column, a0, a1, b0, b1, loaded, SCHEME: tl.constexpr, D: tl.constexpr
+    inside, start, low, high, row, column, a0, a1, b0, b1, loaded, SCHEME: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
     """Scores and values of a step without those of tokens that are not seen, see `ptx.mask`."""
     V: tl.constexpr = 4 * ptx.value_words(SCHEME, D) + ptx.value_numbers(SCHEME)
     return tl.inline_asm_elementwise(
         ptx.mask(SCHEME, D), ptx.constraints("f" * 4 + "r" * V, "r" * 6 + "f" * 4 + "r" * V),
-        (edge.to(tl.int32), start, low, high, row, column, a0, a1, b0, b1) + loaded,
+        (inside, start, low, high, row, column, a0, a1, b0, b1) + loaded,
         dtype=ptx.types(4, tl.float32) + ptx.types(V, tl.int32), is_pure=True, pack=1,
     )  # fmt: skip
 
@@ -353,6 +359,7 @@ def _warp_decode_kernel(
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
+    PIECES: tl.constexpr,
     WARPS: tl.constexpr, TEAM: tl.constexpr, SEATS: tl.constexpr, FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
     """Teams of TEAM warps, each for one of `splits` parts of one request's sequence and one kv head.
@@ -413,6 +420,7 @@ def _warp_decode_kernel(
 
     # the first tile is on its way while the query is prepared
     STEPS: tl.constexpr = T // 16
+    AT_ONCE: tl.constexpr = STEPS // PIECES
     RING: tl.constexpr = ptx.ring_bytes(KEY, VALUE, D, T, TEAM)
     memory = gl.allocate_shared_memory(
         gl.int32, [RING // 128 + 1, 32 * WARPS], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -430,9 +438,14 @@ def _warp_decode_kernel(
     block = pages + head.to(tl.int64) * BLOCK_BYTES
     here = block + tl.load(table + tl.minimum(first, end - 1) * T // P).to(tl.int64) * page_stride
     following = tl.load(table + tl.minimum(first + 1, end - 1) * T // P)
-    sources = _sources(lane, here, first * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
-    for i in tl.static_range(STEPS):
-        _copy(lane, sources, targets, first < last, i, KEY, VALUE, D)
+    places = (
+        _by_bits(lane, ptx.key_bits(KEY, D, False)) + ptx.middle(ptx.key_bytes(KEY, D), T),
+        VALUE_OFFSET + _by_bits(lane, ptx.value_bits(VALUE, D, False)) + ptx.middle(ptx.value_bytes(VALUE, D), T),
+        META_OFFSET + lane // 2 * (2 * P) + lane % 2 * 16,
+    )
+    sources = _sources(here, first * T % P, places, KEY, VALUE, D)
+    for i in tl.static_range(0, STEPS, AT_ONCE):
+        _copy(lane, sources, targets, first < last, i, AT_ONCE, KEY, VALUE, D, T)
 
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
     prepared = tl.inline_asm_elementwise(
@@ -468,22 +481,24 @@ def _warp_decode_kernel(
     for tile in range(first, last):
         here = block + following.to(tl.int64) * page_stride
         following = tl.load(table + tl.minimum(tile + 2, end - 1) * T // P)
-        sources = _sources(lane, here, (tile + 1) * T % P, KEY, VALUE, D, P, VALUE_OFFSET, META_OFFSET)
+        sources = _sources(here, (tile + 1) * T % P, places, KEY, VALUE, D)
         more = tile + 1 < last
-        edge = (tile * T < low) | (tile * T + T > high)
+        inside = tl.minimum(tile * T - low, high - (tile * T + T))
         for i in tl.static_range(STEPS):
-            tl.inline_asm_elementwise(ptx.wait(STEPS - 1), "=r,r", [lane], tl.int32, False, 1)
+            if i % AT_ONCE == 0:
+                tl.inline_asm_elementwise(ptx.wait(STEPS // AT_ONCE - 1), "=r,r", [lane], tl.int32, False, 1)
             keys = _load_keys(parts_at[0], parts_at[2], i, KEY, D, T)
             a0, a1, b0, b1 = _scores(keys, q, held[0:TABLES], start0, start1, all0, all1, KEY, D)
             loaded = _load_values(parts_at[1], parts_at[3], i, VALUE, D, T)
             # what is read is filled again at once: the next tile has all of this one's time
-            tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
-            _copy(lane, sources, targets, more, i, KEY, VALUE, D)
+            if i % AT_ONCE == AT_ONCE - 1:
+                tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
+                _copy(lane, sources, targets, more, i + 1 - AT_ONCE, AT_ONCE, KEY, VALUE, D, T)
             if CAP:
                 a0, a1 = cap(a0 * unit0, scale, softcap, CAP), cap(a1 * unit1, scale, softcap, CAP)
                 b0, b1 = cap(b0 * unit0, scale, softcap, CAP), cap(b1 * unit1, scale, softcap, CAP)
             masked = _mask(
-                edge,
+                lane * 0 + inside,
                 tile * T + 16 * i,
                 lane * 0 + low,
                 lane * 0 + high,
@@ -696,7 +711,7 @@ def launch(
         VALUE_ROTATED=layout.value.rotated, KEY=key, VALUE=value, ROTATED=layout.key.rotated,
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
-        HEADS=heads, DTYPE=_SHORT[layout.dtype], D=head_dim, P=layout.page_size, T=tile,
+        HEADS=heads, DTYPE=_SHORT[layout.dtype], D=head_dim, P=layout.page_size, T=tile, PIECES=_PIECES,
         WARPS=warps, TEAM=team, SEATS=seats(warps, team), FINGERPRINT=ptx.FINGERPRINT,
         num_warps=warps, maxnreg=registers,
     )  # fmt: skip

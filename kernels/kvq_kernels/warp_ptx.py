@@ -19,6 +19,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -95,21 +96,88 @@ def value_bytes(scheme: str, dim: int) -> int:
     return 16 if scheme == "lm2" and dim == 64 else value_words(scheme, dim) * 32
 
 
-@triton.constexpr_function
-def key_swizzle(scheme: str, dim: int) -> tuple[int, int, int]:
-    """(shift, mask, to): where in shared memory byte o of a tile's keys lies, see `swizzled`.
+class Copies(NamedTuple):
+    """How the codes of a step, 16 tokens, come into the ring: 16 bytes a lane at a time.
 
-    Eight lanes that load 16 bytes each at a time (16 that load 8) must meet no bank twice: they bring two
-    (four) values of g, 2 tokens apart, and all four t, 16 (8) bytes apart.
+    In the ring they lie so that what eight lanes read at once (16 bytes each, or 16 lanes 8) is one run of 128
+    bytes, wherever a lane's tokens are. A copy takes whole runs of the page and fills whole runs of the ring.
     """
-    size = key_bytes(scheme, dim)
-    return (size.bit_length(), 1, 6) if size > 32 else (size.bit_length() + 1, 1, 5)
+
+    source: tuple[int, ...]
+    """Bytes on in the page for each bit of the lane's number."""
+    ring: tuple[int, ...]
+    """The same in the ring."""
+    steps: tuple[tuple[int, int], ...]
+    """Bytes on for each copy, in the page and in the ring."""
 
 
 @triton.constexpr_function
-def value_swizzle(scheme: str, dim: int) -> tuple[int, int, int]:
-    """The same of values: two, four or eight values of g, adjacent, and all four t, 4 tokens apart."""
-    return value_bytes(scheme, dim).bit_length() + 1, 3, 5
+def key_copies(scheme: str, dim: int) -> Copies:
+    """Keys of even tokens, then of odd ones; of each by 64 dims' bytes, see `load_keys`."""
+    return {
+        32: Copies((16, 64, 128, 256, 32), (16, 32, 64, 128, 256), ((0, 0),)),
+        64: Copies((16, 32, 128, 256, 64), (16, 32, 64, 128, 512), tuple((512 * i, 256 * i) for i in range(2))),
+        128: Copies((16, 32, 256, 64, 128), (16, 32, 64, 512, 1024), tuple((512 * i, 128 * i) for i in range(4))),
+        256: Copies(
+            (16, 32, 512, 64, 256), (16, 32, 64, 512, 2048),
+            tuple((1024 * i + 128 * j, 128 * i + 1024 * j) for i in range(4) for j in range(2)),
+        ),
+    }[key_bytes(scheme, dim)]  # fmt: skip
+
+
+@triton.constexpr_function
+def value_copies(scheme: str, dim: int) -> Copies:
+    """Values of tokens 0, 4, 8, 12, then 1, 5, … of a step; of these by 32 bytes, see `load_values`."""
+    return {
+        16: Copies((64, 128, 16, 32), (16, 32, 64, 128), ((0, 0),)),
+        32: Copies((16, 128, 256, 32, 64), (16, 32, 64, 128, 256), ((0, 0),)),
+        64: Copies((16, 256, 512, 32, 64), (16, 32, 64, 128, 256), tuple((128 * i, 512 * i) for i in range(2))),
+        128: Copies((16, 512, 1024, 32, 64), (16, 32, 64, 128, 256), tuple((128 * i, 512 * i) for i in range(4))),
+        256: Copies((16, 1024, 2048, 32, 64), (16, 32, 64, 128, 256), tuple(
+            (256 * i + 128 * j, 1024 * i + 512 * j) for i in range(4) for j in range(2)
+        )),
+    }[value_bytes(scheme, dim)]  # fmt: skip
+
+
+@triton.constexpr_function
+def key_bits(scheme: str, dim: int, ring: bool) -> tuple[int, ...]:
+    """What the bits of a lane's number weigh, in the page or in the ring."""
+    return key_copies(scheme, dim)[ring]
+
+
+@triton.constexpr_function
+def value_bits(scheme: str, dim: int, ring: bool) -> tuple[int, ...]:
+    """The same of values."""
+    return value_copies(scheme, dim)[ring]
+
+
+@triton.constexpr_function
+def middle(size: int, tokens: int) -> int:
+    """Bytes on in `tokens` rows of `size` bytes: what a copy adds to an address for nothing is between -2048
+    and 2047."""
+    return 2048 if size * tokens > 2048 else 0
+
+
+@triton.constexpr_function
+def key_strides(scheme: str, dim: int) -> tuple[int, int, int]:
+    """Bytes in the ring from a lane's g to the next, from its t to the next, and from even to odd tokens."""
+    size = key_bytes(scheme, dim)
+    return min(size, 64), min(size, 64) // 4, 8 * size
+
+
+@triton.constexpr_function
+def value_strides(scheme: str, dim: int) -> tuple[int, int, int, int]:
+    """The same for g modulo lanes of a run, g by that, t, and from a token to the next: the last is how many
+    lanes share a run of 32 bytes."""
+    part = value_part(scheme, dim)
+    run = min(value_bytes(scheme, dim), 32)
+    return part, 4 * run, run, run // part
+
+
+@triton.constexpr_function
+def value_part(scheme: str, dim: int) -> int:
+    """Bytes that a lane reads of a token's value at once."""
+    return min(value_bytes(scheme, dim) // 8, 16)
 
 
 @triton.constexpr_function
@@ -140,7 +208,7 @@ def tables_held(scheme: str) -> int:
 @triton.constexpr_function
 def multiplies(scheme: str) -> bool:
     """Whether 2-bit values are better shifted by multiplication, beside keys of `scheme`."""
-    return scheme == "lm4"
+    return scheme in ("lm4", *TURBO)
 
 
 @triton.constexpr_function
@@ -235,18 +303,6 @@ class _Code:
         """fp16 metadata of tokens a and b of a step, each kind `tokens` numbers further on."""
         for i, register in enumerate(to):
             self.load_shared([register], f"{address}+{32 * step + 2 * tokens * i}")
-
-    def place(self, address: str, offset: int, swizzle: tuple[int, int, int]) -> str:
-        """`offset` bytes on from `address` as `swizzled` lays them; the two have no bit in common.
-
-        As all is exclusive or, the place of a sum is that of one part, moved by that of the other.
-        """
-        shift, mask, to = swizzle
-        offset ^= (offset >> shift & mask) << to
-        low = offset & 0x60
-        if low:
-            address = self.do("xor.b32", address, str(low))
-        return f"{address}+{offset - low}"
 
     def guard(self, operand: str) -> str:
         predicate = self.new("p")
@@ -416,31 +472,43 @@ class _Blocks:
         return "mov.u32 $0, global_smem;"
 
     @staticmethod
-    def copy(key: str, value: str, dim: int, step: int) -> str:
-        """Start copying a step of a tile from the page to shared memory: a group of copies, or an empty one.
+    def address() -> str:
+        """A 64-bit address and a number of bytes, not negative -> their sum. As a product, or LLVM would
+        take constants out of the number, and ptxas add them anew for each copy."""
+        return "mad.wide.u32 $0, $2, 1, $1;"
 
-        Inputs: for keys, values and numbers the 64-bit address to read from and the shared one to write to,
-        both at the lane's first 16 bytes of the tile; the lane; and whether to copy. One output, for form's
-        sake.
+    @staticmethod
+    def copy(key: str, value: str, dim: int, tokens: int, first: int, steps: int) -> str:
+        """Start copying steps of a tile from the page to the ring: a group of copies, or an empty one.
+
+        Inputs: for keys, values and numbers the 64-bit address to read from, at the lane's first 16 bytes of
+        the tile (of keys and values `middle` on), and the shared one to write to; the lane; and whether to
+        copy. One output, for form's sake.
         """
         code = _Code()
         sources, targets, (lane, wanted) = code.operands(1, 3), code.operands(4, 3), code.operands(7, 2)
         numbers = key_numbers(key) + value_numbers(value)
-        regions = (
-            (16 * key_bytes(key, dim), 16 * key_bytes(key, dim), key_swizzle(key, dim)),
-            (16 * value_bytes(value, dim), 16 * value_bytes(value, dim), value_swizzle(value, dim)),
-            (32 * numbers, 32, (0, 0, 0)),
-        )
+        regions = [(key_bytes(key, dim), key_copies(key, dim)), (value_bytes(value, dim), value_copies(value, dim))]
         everything = code.guard(wanted)
-        for source, target, (size, stride, swizzle) in zip(sources, targets, regions, strict=True):
-            for start in range(0, size, 512):
-                predicate = everything
-                if size - start < 512:
-                    predicate = code.new("p")
-                    code.add(f"setp.lt.and.s32 {predicate}, {lane}, {(size - start) // 16}, {everything}")
-                offset = step * stride + start
-                to = code.place(target, offset, swizzle)
-                code.add(f"@{predicate} cp.async.cg.shared.global [{to}], [{source}+{offset}], 16")
+
+        def some(lanes: int) -> str:
+            if lanes == 32:
+                return everything
+            predicate = code.new("p")
+            code.add(f"setp.lt.and.s32 {predicate}, {lane}, {lanes}, {everything}")
+            return predicate
+
+        def copy(predicate: str, target: str, to: int, source: str, start: int) -> None:
+            code.add(f"@{predicate} cp.async.cg.shared.global [{target}+{to}], [{source}+{start}], 16")
+
+        for step in range(first, first + steps):
+            for source, target, (size, copies) in zip(sources, targets, regions, strict=False):
+                predicate = some(1 << len(copies.source))
+                for start, to in copies.steps:
+                    at = 16 * step * size
+                    copy(predicate, target, at + to, source, at + start - middle(size, tokens))
+            if numbers:
+                copy(some(2 * numbers), targets[2], 32 * step, sources[2], 32 * step)
         code.add("cp.async.commit_group")
         code.add("mov.b32 $0, 0")
         return code.text()
@@ -472,8 +540,8 @@ class _Blocks:
         for token in range(2):
             for word in range(0, words, 4):
                 to = outputs[token * words + word : token * words + min(word + 4, words)]
-                offset = (16 * step + token) * key_bytes(scheme, dim) + word * 16
-                code.load_shared(to, code.place(keys, offset, key_swizzle(scheme, dim)))
+                offset = 16 * step * key_bytes(scheme, dim) + token * key_strides(scheme, dim)[2] + word * 128
+                code.load_shared(to, f"{keys}+{offset}")
         code.load_numbers(outputs[2 * words :], metadata, step, tokens)
         return code.text()
 
@@ -483,16 +551,15 @@ class _Blocks:
         code, words, numbers = _Code(), value_words(scheme, dim), value_numbers(scheme)
         outputs = code.operands(0, 4 * words + numbers)
         values, metadata = code.operands(4 * words + numbers, 2)
-        row, swizzle = value_bytes(scheme, dim), value_swizzle(scheme, dim)
+        row = value_bytes(scheme, dim)
         for i, token in enumerate((0, 2, 1, 3)):
-            to, offset = outputs[i * words : (i + 1) * words], (16 * step + token) * row
+            to, offset = outputs[i * words : (i + 1) * words], (16 * step + 4 * token) * row
             if row == 16:
                 half = code.new("h")
-                code.add(f"ld.shared.b16 {half}, [{code.place(values, offset, swizzle)}]")
+                code.add(f"ld.shared.b16 {half}, [{values}+{offset}]")
                 code.add(f"mov.b32 {to[0]}, {{{half}, {half}}}")
             for word in range(0, words if row > 16 else 0, 4):  # two runs of 64 dims where there are 8 words
-                part = to[word : min(word + 4, words)]
-                code.load_shared(part, code.place(values, offset + word * 32, swizzle))
+                code.load_shared(to[word : min(word + 4, words)], f"{values}+{offset + word * 128}")
         code.load_numbers(outputs[4 * words :], metadata, step, tokens)
         return code.text()
 
@@ -760,17 +827,18 @@ class _Blocks:
     def mask(scheme: str, dim: int) -> str:
         """Where a step has tokens that are not seen: their scores become -inf, their values zero.
 
-        Inputs: whether it has any, the same for all lanes; its first token; the bounds of those that are
-        seen; 2g and 4t; scores a0, a1, b0, b1, and what `load_values` gave. Outputs: the same scores and
+        Inputs: a number below zero where the tile has any, the same for all lanes; the step's first token;
+        the bounds of those that are seen; 2g and 4t; scores a0, a1, b0, b1, and what `load_values` gave. Outputs: the same scores and
         values. Rows that hold no token may hold anything, and 0 · NaN is NaN.
         """
         code, words, numbers = _Code(), value_words(scheme, dim), value_numbers(scheme)
         count = 4 + 4 * words + numbers
         outputs = code.operands(0, count)
-        edge, start, low, high, row, column = code.operands(count, 6)
+        inside, start, low, high, row, column = code.operands(count, 6)
         for i, (output, value) in enumerate(zip(outputs, code.operands(count + 6, count), strict=True)):
             code.add(f"mov.{'f32' if i < 4 else 'b32'} {output}, {value}")
-        code.add(f"@!{code.guard(edge)} bra.uni SEEN")
+        code.add(f"setp.ge.s32 {code.new('p')}, {inside}, 0")
+        code.add("@p1 bra.uni SEEN")
 
         def seen(token: str) -> str:
             above, both = code.new("p"), code.new("p")
@@ -950,8 +1018,13 @@ def shared_memory() -> str:
 
 
 @triton.constexpr_function
-def copy(key: str, value: str, dim: int, step: int) -> str:
-    return _Blocks().copy(key, value, dim, step)
+def address() -> str:
+    return _Blocks().address()
+
+
+@triton.constexpr_function
+def copy(key: str, value: str, dim: int, tokens: int, first: int, steps: int) -> str:
+    return _Blocks().copy(key, value, dim, tokens, first, steps)
 
 
 @triton.constexpr_function
