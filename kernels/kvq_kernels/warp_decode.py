@@ -119,12 +119,12 @@ def _sources(block, row, places, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.c
 @triton.jit
 def _targets(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
     """Where to."""
-    K: tl.constexpr = ptx.key_bytes(KEY, D)
-    V: tl.constexpr = ptx.value_bytes(VALUE, D)
+    K: tl.constexpr = T // 16 * ptx.key_step(KEY, D)
+    V: tl.constexpr = T // 16 * ptx.value_step(VALUE, D)
     return (
-        ring + _by_bits(lane, ptx.key_bits(KEY, D, True)),
-        ring + T * K + _by_bits(lane, ptx.value_bits(VALUE, D, True)),
-        ring + T * (K + V) + lane // 2 * (2 * T) + lane % 2 * 16,
+        ring + _by_bits(lane, ptx.key_bits(KEY, D)),
+        ring + K + _by_bits(lane, ptx.value_bits(VALUE, D)),
+        ring + K + V + lane // 2 * (2 * T) + lane % 2 * 16,
     )
 
 
@@ -144,15 +144,15 @@ def _copy(
 def _parts(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
     """Where in the ring the lane finds its parts of a tile: of keys, values, keys' numbers and values'."""
     g, t = lane // 4, lane % 4
-    K: tl.constexpr = ptx.key_bytes(KEY, D)
-    V: tl.constexpr = ptx.value_bytes(VALUE, D)
+    K: tl.constexpr = T // 16 * ptx.key_step(KEY, D)
+    V: tl.constexpr = T // 16 * ptx.value_step(VALUE, D)
     KEYS: tl.constexpr = ptx.key_strides(KEY, D)
     VALUES: tl.constexpr = ptx.value_strides(VALUE, D)
     return (
         ring + g * KEYS[0] + t * KEYS[1],
-        ring + T * K + g % VALUES[3] * VALUES[0] + g // VALUES[3] * VALUES[1] + t * VALUES[2],
-        ring + T * (K + V) + g * 4,
-        ring + T * (K + V + 2 * ptx.key_numbers(KEY)) + g * 4,
+        ring + K + g * VALUES[0] + t * VALUES[1],
+        ring + K + V + g * 4,
+        ring + K + V + 2 * T * ptx.key_numbers(KEY) + g * 4,
     )
 
 
@@ -439,8 +439,8 @@ def _warp_decode_kernel(
     here = block + tl.load(table + tl.minimum(first, end - 1) * T // P).to(tl.int64) * page_stride
     following = tl.load(table + tl.minimum(first + 1, end - 1) * T // P)
     places = (
-        _by_bits(lane, ptx.key_bits(KEY, D, False)) + ptx.middle(ptx.key_bytes(KEY, D), T),
-        VALUE_OFFSET + _by_bits(lane, ptx.value_bits(VALUE, D, False)) + ptx.middle(ptx.value_bytes(VALUE, D), T),
+        lane * 16 + ptx.middle(ptx.key_bytes(KEY, D), T),
+        lane * 16 + VALUE_OFFSET + ptx.middle(ptx.value_bytes(VALUE, D), T),
         META_OFFSET + lane // 2 * (2 * P) + lane % 2 * 16,
     )
     sources = _sources(here, first * T % P, places, KEY, VALUE, D)
@@ -616,19 +616,18 @@ def plan(
     """
     key, value = _schemes(layout)
     tile, registers = _shape(key, value, layout.key_dim)
-    room, sequences = _warps(registers), requests * layout.num_kv_heads
+    ring = ptx.ring_bytes(key, value, layout.key_dim, tile, 2) + 128
+    room, sequences = min(_warps(registers), shared // ring // 4 * 4), requests * layout.num_kv_heads
     wanted = splits or max(1, min(room * multiprocessors // sequences, longest // _MIN_TOKENS, 128))
-    most = room & -room
-    while most * ptx.ring_bytes(key, value, layout.key_dim, tile, most) > shared:
-        most //= 2
+    full = sequences * wanted > (1 - _MOST_IDLE) * room * multiprocessors
+    most = room & -room if full else _SCHEDULERS
     team = min(most, 1 << wanted.bit_length() - 1)
     parts = 1
     if team < (1 - _MOST_IDLE) * wanted:
         while wanted % team > wanted // 8:
             team //= 2
         parts = wanted // team
-    full = team > 1 and sequences * parts * team > (1 - _MOST_IDLE) * multiprocessors * most
-    return Plan(parts, team, most if full else team)
+    return Plan(parts, team, most if full and team > 1 else team)
 
 
 @lru_cache(maxsize=64)

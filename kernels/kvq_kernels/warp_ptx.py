@@ -96,59 +96,56 @@ def value_bytes(scheme: str, dim: int) -> int:
     return 16 if scheme == "lm2" and dim == 64 else value_words(scheme, dim) * 32
 
 
-class Copies(NamedTuple):
-    """How the codes of a step, 16 tokens, come into the ring: 16 bytes a lane at a time.
+class _Ring:
+    """Where the codes of a step, 16 tokens, lie in the ring: no two lanes that load at once meet in a bank.
 
-    In the ring they lie so that what eight lanes read at once (16 bytes each, or 16 lanes 8) is one run of 128
-    bytes, wherever a lane's tokens are. A copy takes whole runs of the page and fills whole runs of the ring.
+    Byte o of the page's lies at the sum of what o's bits weigh, so that what differs for a lane and what
+    differs for a load or a copy add up. Copies of eight lanes are 128 bytes in a row, in the page as in the
+    ring.
     """
 
-    source: tuple[int, ...]
-    """Bytes on in the page for each bit of the lane's number."""
-    ring: tuple[int, ...]
-    """The same in the ring."""
-    steps: tuple[tuple[int, int], ...]
-    """Bytes on for each copy, in the page and in the ring."""
+    @staticmethod
+    def key(size: int) -> tuple[list[int], int]:
+        """Weights of the bits of o, and bytes of a step. Even tokens' first 64 dims' bytes, …, the odd ones'."""
+        width = min(size, 64)  # bytes of a run of one token
+        pitch = 8 * width + 64  # of eight tokens'
+        runs = [pitch << i for i in range((size // width).bit_length() - 1)]
+        run = [1 << i for i in range(width.bit_length() - 1)]
+        return [*run, *runs, pitch * (size // width), width, 2 * width, 4 * width], 2 * pitch * (size // width)
+
+    @staticmethod
+    def value(size: int) -> tuple[list[int], int]:
+        """The same for values. Four tokens' in a row, and a gap."""
+        pitch = 4 * size + min(size, 32)
+        return [1 << i for i in range((4 * size).bit_length() - 1)] + [pitch, 2 * pitch], 4 * pitch
+
+    @staticmethod
+    def place(offset: int, weights: Sequence[int]) -> int:
+        return sum(weight for i, weight in enumerate(weights) if offset >> i & 1)
 
 
 @triton.constexpr_function
-def key_copies(scheme: str, dim: int) -> Copies:
-    """Keys of even tokens, then of odd ones; of each by 64 dims' bytes, see `load_keys`."""
-    return {
-        32: Copies((16, 64, 128, 256, 32), (16, 32, 64, 128, 256), ((0, 0),)),
-        64: Copies((16, 32, 128, 256, 64), (16, 32, 64, 128, 512), tuple((512 * i, 256 * i) for i in range(2))),
-        128: Copies((16, 32, 256, 64, 128), (16, 32, 64, 512, 1024), tuple((512 * i, 128 * i) for i in range(4))),
-        256: Copies(
-            (16, 32, 512, 64, 256), (16, 32, 64, 512, 2048),
-            tuple((1024 * i + 128 * j, 128 * i + 1024 * j) for i in range(4) for j in range(2)),
-        ),
-    }[key_bytes(scheme, dim)]  # fmt: skip
+def key_step(scheme: str, dim: int) -> int:
+    """Bytes of a step's keys in the ring."""
+    return _Ring().key(key_bytes(scheme, dim))[1]
 
 
 @triton.constexpr_function
-def value_copies(scheme: str, dim: int) -> Copies:
-    """Values of tokens 0, 4, 8, 12, then 1, 5, … of a step; of these by 32 bytes, see `load_values`."""
-    return {
-        16: Copies((64, 128, 16, 32), (16, 32, 64, 128), ((0, 0),)),
-        32: Copies((16, 128, 256, 32, 64), (16, 32, 64, 128, 256), ((0, 0),)),
-        64: Copies((16, 256, 512, 32, 64), (16, 32, 64, 128, 256), tuple((128 * i, 512 * i) for i in range(2))),
-        128: Copies((16, 512, 1024, 32, 64), (16, 32, 64, 128, 256), tuple((128 * i, 512 * i) for i in range(4))),
-        256: Copies((16, 1024, 2048, 32, 64), (16, 32, 64, 128, 256), tuple(
-            (256 * i + 128 * j, 1024 * i + 512 * j) for i in range(4) for j in range(2)
-        )),
-    }[value_bytes(scheme, dim)]  # fmt: skip
+def value_step(scheme: str, dim: int) -> int:
+    """Bytes of a step's values in the ring."""
+    return _Ring().value(value_bytes(scheme, dim))[1]
 
 
 @triton.constexpr_function
-def key_bits(scheme: str, dim: int, ring: bool) -> tuple[int, ...]:
-    """What the bits of a lane's number weigh, in the page or in the ring."""
-    return key_copies(scheme, dim)[ring]
+def key_bits(scheme: str, dim: int) -> tuple[int, ...]:
+    """What the bits of a lane's number weigh in the ring, where it copies 16 bytes after the lane before."""
+    return tuple(_Ring().key(key_bytes(scheme, dim))[0][4:9])
 
 
 @triton.constexpr_function
-def value_bits(scheme: str, dim: int, ring: bool) -> tuple[int, ...]:
+def value_bits(scheme: str, dim: int) -> tuple[int, ...]:
     """The same of values."""
-    return value_copies(scheme, dim)[ring]
+    return tuple(_Ring().value(value_bytes(scheme, dim))[0][4:9])
 
 
 @triton.constexpr_function
@@ -159,32 +156,23 @@ def middle(size: int, tokens: int) -> int:
 
 
 @triton.constexpr_function
-def key_strides(scheme: str, dim: int) -> tuple[int, int, int]:
-    """Bytes in the ring from a lane's g to the next, from its t to the next, and from even to odd tokens."""
-    size = key_bytes(scheme, dim)
-    return min(size, 64), min(size, 64) // 4, 8 * size
+def key_strides(scheme: str, dim: int) -> tuple[int, int]:
+    """Bytes in the ring from a lane's g to the next, and from its t to the next."""
+    width = min(key_bytes(scheme, dim), 64)
+    return width, width // 4
 
 
 @triton.constexpr_function
-def value_strides(scheme: str, dim: int) -> tuple[int, int, int, int]:
-    """The same for g modulo lanes of a run, g by that, t, and from a token to the next: the last is how many
-    lanes share a run of 32 bytes."""
-    part = value_part(scheme, dim)
-    run = min(value_bytes(scheme, dim), 32)
-    return part, 4 * run, run, run // part
-
-
-@triton.constexpr_function
-def value_part(scheme: str, dim: int) -> int:
-    """Bytes that a lane reads of a token's value at once."""
-    return min(value_bytes(scheme, dim) // 8, 16)
+def value_strides(scheme: str, dim: int) -> tuple[int, int]:
+    """The same of values."""
+    return min(value_bytes(scheme, dim) // 8, 16), value_step(scheme, dim) // 4
 
 
 @triton.constexpr_function
 def tile_bytes(key: str, value: str, dim: int, tokens: int) -> int:
     """Shared memory of a tile: a multiple of 128."""
-    numbers = 2 * (key_numbers(key) + value_numbers(value))
-    return -(-tokens * (key_bytes(key, dim) + value_bytes(value, dim) + numbers) // 128) * 128
+    numbers = 32 * (key_numbers(key) + value_numbers(value))
+    return -(-tokens // 16 * (key_step(key, dim) + value_step(value, dim) + numbers) // 128) * 128
 
 
 @triton.constexpr_function
@@ -398,7 +386,7 @@ class _Code:
                 zipped = self.do("prmt.b32", a[0], b[0], selector)
                 shifted = [zipped]
                 for bit in range(1, 8):
-                    if two:
+                    if two and bit != 4:
                         shifted.append(self.do("mul.lo.u32", shifted[-1], two))
                     else:
                         shifted.append(self.do("shl.b32", zipped, str(bit)))
@@ -488,7 +476,8 @@ class _Blocks:
         code = _Code()
         sources, targets, (lane, wanted) = code.operands(1, 3), code.operands(4, 3), code.operands(7, 2)
         numbers = key_numbers(key) + value_numbers(value)
-        regions = [(key_bytes(key, dim), key_copies(key, dim)), (value_bytes(value, dim), value_copies(value, dim))]
+        regions = [(key_bytes(key, dim), *_Ring().key(key_bytes(key, dim)))]
+        regions.append((value_bytes(value, dim), *_Ring().value(value_bytes(value, dim))))
         everything = code.guard(wanted)
 
         def some(lanes: int) -> str:
@@ -502,11 +491,11 @@ class _Blocks:
             code.add(f"@{predicate} cp.async.cg.shared.global [{target}+{to}], [{source}+{start}], 16")
 
         for step in range(first, first + steps):
-            for source, target, (size, copies) in zip(sources, targets, regions, strict=False):
-                predicate = some(1 << len(copies.source))
-                for start, to in copies.steps:
-                    at = 16 * step * size
-                    copy(predicate, target, at + to, source, at + start - middle(size, tokens))
+            for source, target, (size, weights, stride) in zip(sources, targets, regions, strict=False):
+                predicate = some(min(size, 32))
+                for start in range(0, 16 * size, 512):
+                    to = step * stride + _Ring().place(start, weights)
+                    copy(predicate, target, to, source, 16 * step * size + start - middle(size, tokens))
             if numbers:
                 copy(some(2 * numbers), targets[2], 32 * step, sources[2], 32 * step)
         code.add("cp.async.commit_group")
@@ -537,11 +526,13 @@ class _Blocks:
         code, words, numbers = _Code(), key_words(scheme, dim), key_numbers(scheme)
         outputs = code.operands(0, 2 * words + numbers)
         keys, metadata = code.operands(2 * words + numbers, 2)
+        size = key_bytes(scheme, dim)
+        weights, stride = _Ring().key(size)
         for token in range(2):
             for word in range(0, words, 4):
                 to = outputs[token * words + word : token * words + min(word + 4, words)]
-                offset = 16 * step * key_bytes(scheme, dim) + token * key_strides(scheme, dim)[2] + word * 128
-                code.load_shared(to, f"{keys}+{offset}")
+                place = step * stride + _Ring().place(token * size + word * 16, weights)
+                code.load_shared(to, f"{keys}+{place}")
         code.load_numbers(outputs[2 * words :], metadata, step, tokens)
         return code.text()
 
@@ -551,15 +542,15 @@ class _Blocks:
         code, words, numbers = _Code(), value_words(scheme, dim), value_numbers(scheme)
         outputs = code.operands(0, 4 * words + numbers)
         values, metadata = code.operands(4 * words + numbers, 2)
-        row = value_bytes(scheme, dim)
+        row, stride = value_bytes(scheme, dim), value_step(scheme, dim)
         for i, token in enumerate((0, 2, 1, 3)):
-            to, offset = outputs[i * words : (i + 1) * words], (16 * step + 4 * token) * row
+            to, offset = outputs[i * words : (i + 1) * words], step * stride + token * row
             if row == 16:
                 half = code.new("h")
                 code.add(f"ld.shared.b16 {half}, [{values}+{offset}]")
                 code.add(f"mov.b32 {to[0]}, {{{half}, {half}}}")
             for word in range(0, words if row > 16 else 0, 4):  # two runs of 64 dims where there are 8 words
-                code.load_shared(to[word : min(word + 4, words)], f"{values}+{offset + word * 128}")
+                code.load_shared(to[word : min(word + 4, words)], f"{values}+{offset + word * 32}")
         code.load_numbers(outputs[4 * words :], metadata, step, tokens)
         return code.text()
 
