@@ -95,12 +95,8 @@ def _load_values(address, metadata, i: tl.constexpr, SCHEME: tl.constexpr, D: tl
 
 
 @triton.jit
-def _by_bits(lane, WEIGHTS: tl.constexpr):
-    """The sum of the weights of the bits that the lane's number has."""
-    total = lane * 0
-    for i in tl.static_range(len(WEIGHTS)):
-        total += (lane >> i & 1) * WEIGHTS[i]
-    return total
+def _swizzled(offset, SWIZZLE: tl.constexpr):
+    return offset ^ ((offset >> SWIZZLE[0] & SWIZZLE[1]) << SWIZZLE[2])
 
 
 @triton.jit
@@ -119,12 +115,12 @@ def _sources(block, row, places, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.c
 @triton.jit
 def _targets(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
     """Where to."""
-    K: tl.constexpr = T // 16 * ptx.key_step(KEY, D)
-    V: tl.constexpr = T // 16 * ptx.value_step(VALUE, D)
+    K: tl.constexpr = ptx.key_bytes(KEY, D)
+    V: tl.constexpr = ptx.value_bytes(VALUE, D)
     return (
-        ring + _by_bits(lane, ptx.key_bits(KEY, D)),
-        ring + K + _by_bits(lane, ptx.value_bits(VALUE, D)),
-        ring + K + V + lane // 2 * (2 * T) + lane % 2 * 16,
+        ring + _swizzled(lane * 16, ptx.key_swizzle(KEY, D)),
+        ring + T * K + _swizzled(lane * 16, ptx.value_swizzle(VALUE, D)),
+        ring + T * (K + V) + lane // 2 * (2 * T) + lane % 2 * 16,
     )
 
 
@@ -144,15 +140,15 @@ def _copy(
 def _parts(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
     """Where in the ring the lane finds its parts of a tile: of keys, values, keys' numbers and values'."""
     g, t = lane // 4, lane % 4
-    K: tl.constexpr = T // 16 * ptx.key_step(KEY, D)
-    V: tl.constexpr = T // 16 * ptx.value_step(VALUE, D)
-    KEYS: tl.constexpr = ptx.key_strides(KEY, D)
-    VALUES: tl.constexpr = ptx.value_strides(VALUE, D)
+    K: tl.constexpr = ptx.key_bytes(KEY, D)
+    V: tl.constexpr = ptx.value_bytes(VALUE, D)
+    PART: tl.constexpr = 8 if K == 32 else 16
+    VALUE_PART: tl.constexpr = 16 if V == 256 else V // 8
     return (
-        ring + g * KEYS[0] + t * KEYS[1],
-        ring + K + g * VALUES[0] + t * VALUES[1],
-        ring + K + V + g * 4,
-        ring + K + V + 2 * T * ptx.key_numbers(KEY) + g * 4,
+        ring + _swizzled(g * (2 * K) + t * PART, ptx.key_swizzle(KEY, D)),
+        ring + T * K + _swizzled(t * (4 * V) + g * VALUE_PART, ptx.value_swizzle(VALUE, D)),
+        ring + T * (K + V) + g * 4,
+        ring + T * (K + V + 2 * ptx.key_numbers(KEY)) + g * 4,
     )
 
 

@@ -96,56 +96,21 @@ def value_bytes(scheme: str, dim: int) -> int:
     return 16 if scheme == "lm2" and dim == 64 else value_words(scheme, dim) * 32
 
 
-class _Ring:
-    """Where the codes of a step, 16 tokens, lie in the ring: no two lanes that load at once meet in a bank.
+@triton.constexpr_function
+def key_swizzle(scheme: str, dim: int) -> tuple[int, int, int]:
+    """(shift, mask, to): where in shared memory byte o of a tile's keys lies, see `swizzled`.
 
-    Byte o of the page's lies at the sum of what o's bits weigh, so that what differs for a lane and what
-    differs for a load or a copy add up. Copies of eight lanes are 128 bytes in a row, in the page as in the
-    ring.
+    Eight lanes that load 16 bytes each at a time (16 that load 8) must meet no bank twice: they bring two
+    (four) values of g, 2 tokens apart, and all four t, 16 (8) bytes apart.
     """
-
-    @staticmethod
-    def key(size: int) -> tuple[list[int], int]:
-        """Weights of the bits of o, and bytes of a step. Even tokens' first 64 dims' bytes, …, the odd ones'."""
-        width = min(size, 64)  # bytes of a run of one token
-        pitch = 8 * width + 64  # of eight tokens'
-        runs = [pitch << i for i in range((size // width).bit_length() - 1)]
-        run = [1 << i for i in range(width.bit_length() - 1)]
-        return [*run, *runs, pitch * (size // width), width, 2 * width, 4 * width], 2 * pitch * (size // width)
-
-    @staticmethod
-    def value(size: int) -> tuple[list[int], int]:
-        """The same for values. Four tokens' in a row, and a gap."""
-        pitch = 4 * size + min(size, 32)
-        return [1 << i for i in range((4 * size).bit_length() - 1)] + [pitch, 2 * pitch], 4 * pitch
-
-    @staticmethod
-    def place(offset: int, weights: Sequence[int]) -> int:
-        return sum(weight for i, weight in enumerate(weights) if offset >> i & 1)
+    size = key_bytes(scheme, dim)
+    return (size.bit_length(), 1, 6) if size > 32 else (size.bit_length() + 1, 1, 5)
 
 
 @triton.constexpr_function
-def key_step(scheme: str, dim: int) -> int:
-    """Bytes of a step's keys in the ring."""
-    return _Ring().key(key_bytes(scheme, dim))[1]
-
-
-@triton.constexpr_function
-def value_step(scheme: str, dim: int) -> int:
-    """Bytes of a step's values in the ring."""
-    return _Ring().value(value_bytes(scheme, dim))[1]
-
-
-@triton.constexpr_function
-def key_bits(scheme: str, dim: int) -> tuple[int, ...]:
-    """What the bits of a lane's number weigh in the ring, where it copies 16 bytes after the lane before."""
-    return tuple(_Ring().key(key_bytes(scheme, dim))[0][4:9])
-
-
-@triton.constexpr_function
-def value_bits(scheme: str, dim: int) -> tuple[int, ...]:
-    """The same of values."""
-    return tuple(_Ring().value(value_bytes(scheme, dim))[0][4:9])
+def value_swizzle(scheme: str, dim: int) -> tuple[int, int, int]:
+    """The same of values: two, four or eight values of g, adjacent, and all four t, 4 tokens apart."""
+    return value_bytes(scheme, dim).bit_length() + 1, 3, 5
 
 
 @triton.constexpr_function
@@ -156,23 +121,10 @@ def middle(size: int, tokens: int) -> int:
 
 
 @triton.constexpr_function
-def key_strides(scheme: str, dim: int) -> tuple[int, int]:
-    """Bytes in the ring from a lane's g to the next, and from its t to the next."""
-    width = min(key_bytes(scheme, dim), 64)
-    return width, width // 4
-
-
-@triton.constexpr_function
-def value_strides(scheme: str, dim: int) -> tuple[int, int]:
-    """The same of values."""
-    return min(value_bytes(scheme, dim) // 8, 16), value_step(scheme, dim) // 4
-
-
-@triton.constexpr_function
 def tile_bytes(key: str, value: str, dim: int, tokens: int) -> int:
     """Shared memory of a tile: a multiple of 128."""
-    numbers = 32 * (key_numbers(key) + value_numbers(value))
-    return -(-tokens // 16 * (key_step(key, dim) + value_step(value, dim) + numbers) // 128) * 128
+    numbers = 2 * (key_numbers(key) + value_numbers(value))
+    return -(-tokens * (key_bytes(key, dim) + value_bytes(value, dim) + numbers) // 128) * 128
 
 
 @triton.constexpr_function
@@ -291,6 +243,18 @@ class _Code:
         """fp16 metadata of tokens a and b of a step, each kind `tokens` numbers further on."""
         for i, register in enumerate(to):
             self.load_shared([register], f"{address}+{32 * step + 2 * tokens * i}")
+
+    def place(self, address: str, offset: int, swizzle: tuple[int, int, int]) -> str:
+        """`offset` bytes on from `address` as `swizzled` lays them; the two have no bit in common.
+
+        As all is exclusive or, the place of a sum is that of one part, moved by that of the other.
+        """
+        shift, mask, to = swizzle
+        offset ^= (offset >> shift & mask) << to
+        low = offset & 0x60
+        if low:
+            address = self.do("xor.b32", address, str(low))
+        return f"{address}+{offset - low}"
 
     def guard(self, operand: str) -> str:
         predicate = self.new("p")
@@ -476,8 +440,8 @@ class _Blocks:
         code = _Code()
         sources, targets, (lane, wanted) = code.operands(1, 3), code.operands(4, 3), code.operands(7, 2)
         numbers = key_numbers(key) + value_numbers(value)
-        regions = [(key_bytes(key, dim), *_Ring().key(key_bytes(key, dim)))]
-        regions.append((value_bytes(value, dim), *_Ring().value(value_bytes(value, dim))))
+        sizes = key_bytes(key, dim), value_bytes(value, dim)
+        swizzles = key_swizzle(key, dim), value_swizzle(value, dim)
         everything = code.guard(wanted)
 
         def some(lanes: int) -> str:
@@ -487,17 +451,16 @@ class _Blocks:
             code.add(f"setp.lt.and.s32 {predicate}, {lane}, {lanes}, {everything}")
             return predicate
 
-        def copy(predicate: str, target: str, to: int, source: str, start: int) -> None:
-            code.add(f"@{predicate} cp.async.cg.shared.global [{target}+{to}], [{source}+{start}], 16")
+        def copy(predicate: str, to: str, source: str, offset: int) -> None:
+            code.add(f"@{predicate} cp.async.cg.shared.global [{to}], [{source}+{offset}], 16")
 
         for step in range(first, first + steps):
-            for source, target, (size, weights, stride) in zip(sources, targets, regions, strict=False):
+            for source, target, size, swizzle in zip(sources, targets, sizes, swizzles, strict=False):
                 predicate = some(min(size, 32))
-                for start in range(0, 16 * size, 512):
-                    to = step * stride + _Ring().place(start, weights)
-                    copy(predicate, target, to, source, 16 * step * size + start - middle(size, tokens))
+                for at in range(16 * step * size, 16 * (step + 1) * size, 512):
+                    copy(predicate, code.place(target, at, swizzle), source, at - middle(size, tokens))
             if numbers:
-                copy(some(2 * numbers), targets[2], 32 * step, sources[2], 32 * step)
+                copy(some(2 * numbers), f"{targets[2]}+{32 * step}", sources[2], 32 * step)
         code.add("cp.async.commit_group")
         code.add("mov.b32 $0, 0")
         return code.text()
@@ -526,13 +489,11 @@ class _Blocks:
         code, words, numbers = _Code(), key_words(scheme, dim), key_numbers(scheme)
         outputs = code.operands(0, 2 * words + numbers)
         keys, metadata = code.operands(2 * words + numbers, 2)
-        size = key_bytes(scheme, dim)
-        weights, stride = _Ring().key(size)
         for token in range(2):
             for word in range(0, words, 4):
                 to = outputs[token * words + word : token * words + min(word + 4, words)]
-                place = step * stride + _Ring().place(token * size + word * 16, weights)
-                code.load_shared(to, f"{keys}+{place}")
+                offset = (16 * step + token) * key_bytes(scheme, dim) + word * 16
+                code.load_shared(to, code.place(keys, offset, key_swizzle(scheme, dim)))
         code.load_numbers(outputs[2 * words :], metadata, step, tokens)
         return code.text()
 
@@ -542,15 +503,16 @@ class _Blocks:
         code, words, numbers = _Code(), value_words(scheme, dim), value_numbers(scheme)
         outputs = code.operands(0, 4 * words + numbers)
         values, metadata = code.operands(4 * words + numbers, 2)
-        row, stride = value_bytes(scheme, dim), value_step(scheme, dim)
+        row, swizzle = value_bytes(scheme, dim), value_swizzle(scheme, dim)
         for i, token in enumerate((0, 2, 1, 3)):
-            to, offset = outputs[i * words : (i + 1) * words], step * stride + token * row
+            to, offset = outputs[i * words : (i + 1) * words], (16 * step + token) * row
             if row == 16:
                 half = code.new("h")
-                code.add(f"ld.shared.b16 {half}, [{values}+{offset}]")
+                code.add(f"ld.shared.b16 {half}, [{code.place(values, offset, swizzle)}]")
                 code.add(f"mov.b32 {to[0]}, {{{half}, {half}}}")
             for word in range(0, words if row > 16 else 0, 4):  # two runs of 64 dims where there are 8 words
-                code.load_shared(to[word : min(word + 4, words)], f"{values}+{offset + word * 32}")
+                part = to[word : min(word + 4, words)]
+                code.load_shared(part, code.place(values, offset + word * 32, swizzle))
         code.load_numbers(outputs[4 * words :], metadata, step, tokens)
         return code.text()
 
