@@ -6,8 +6,8 @@ unpacked numbers: see `warp_ptx.py` for which lane holds what. A *team* of warps
 the whole of it where it can. Its warps have nothing in common until the end, where they merge what they
 found. Where a sequence has several parts, `paged_decode` merges them in a second launch.
 
-A program has one team, or, where that fills the GPU, all the warps of a multiprocessor: these run at the speed
-of their age, and only shares that follow it, in teams that mix all ages, are done at the same time.
+A program has one team, or, where that fills the GPU, as many as a multiprocessor has warps for: a scheduler
+prefers the oldest of its warps, so that those of several programs would end one after the other.
 """
 
 from functools import lru_cache
@@ -28,18 +28,13 @@ from kvq_kernels.quantize_store import has_e4m3
 
 _GROUP = 8
 """Query heads of a kv head that the matrix units take at once."""
-_MIN_TOKENS = 128
-"""Tokens of a part at least: below that, preparing the query and merging cost more than the tokens."""
+_MIN_TOKENS, _FEW_TOKENS = 128, 64
+"""Of a warp at least, and where every warp has a scheduler of its own: below that, preparing the query and
+merging cost more than the tokens."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
-_PIECES = 2
-"""Of a tile: each is filled again as soon as it is read."""
 _SCHEDULERS = 4
-"""Of a multiprocessor. Warp i of a program runs on the i-th, modulo these."""
-_SHARES = (1, 1, 1, 1)
-"""Of the work, by age: a scheduler prefers the oldest of its warps, the first of a program's."""
-WHOLE = tl.constexpr(2048)
-"""What a team's shares add up to."""
+"""Of a multiprocessor."""
 _MOST_IDLE = 0.25
 """Share of the GPU's warps that may be missing where that makes a sequence one team's: less than a second
 launch costs."""
@@ -126,12 +121,12 @@ def _targets(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def _copy(
-    lane, sources, targets, wanted, first: tl.constexpr, STEPS: tl.constexpr,
+    lane, sources, targets, wanted, step: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Start copying STEPS steps of a tile, where `wanted`."""
+    """Start copying a step of a tile, where `wanted`."""
     tl.inline_asm_elementwise(
-        ptx.copy(KEY, VALUE, D, T, first, STEPS), ptx.constraints("r", "lllrrrrr"),
+        ptx.copy(KEY, VALUE, D, T, step), ptx.constraints("r", "lllrrrrr"),
         sources + targets + (lane, wanted.to(tl.int32)), dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -153,7 +148,7 @@ def _parts(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def _scores(loaded, query, tables, start0, start1, all0, all1, SCHEME: tl.constexpr, D: tl.constexpr):
+def _scores(loaded, query, constants, start0, start1, all0, all1, SCHEME: tl.constexpr, D: tl.constexpr):
     """One step: q·k of tokens a, b and heads 2t, 2t + 1, in the query's unit and the codes'."""
     WORDS: tl.constexpr = ptx.key_words(SCHEME, D)
     QUERY: tl.constexpr = ptx.query_registers(SCHEME, D)[0]
@@ -171,11 +166,11 @@ def _scores(loaded, query, tables, start0, start1, all0, all1, SCHEME: tl.conste
     else:
         TURBO: tl.constexpr = SCHEME == "turbo" or SCHEME == "turbo-whole"
         COUNT: tl.constexpr = 8 if TURBO else 4
-        EXTRA: tl.constexpr = ptx.tables_held(SCHEME) + (2 if TURBO else 0)
+        EXTRA: tl.constexpr = len(constants) + (2 if TURBO else 0)
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D),
             ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + EXTRA)),
-            pair + query + (tables + (start0, start1))[0:EXTRA],
+            pair + query + (constants + (start0, start1))[0:EXTRA],
             dtype=ptx.types(COUNT, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
         a0, a1 = r[0].to(tl.float32), r[1].to(tl.float32)
@@ -345,22 +340,22 @@ def _store_part(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["table_stride", "window", "sequences", "splits", "group", "min_tiles"])
+@gluon.jit(do_not_specialize=["table_stride", "window", "sequences", "splits", "group", "min_tiles"]
+    + ["by1", "by2", "by4", "by7", "by16"])
 def _warp_decode_kernel(
     query, pages, tables, context_lens, partial, stats, out, sinks,
     query_stride, query_head_stride, out_stride, out_head_stride, page_stride, table_stride,
-    scale, softcap, window, sequences, splits, parts, group, min_tiles,
+    scale, softcap, window, sequences, splits, parts, group, min_tiles, by1, by2, by4, by7, by16,
     MERGE: tl.constexpr, LEAVE: tl.constexpr, EARLY: tl.constexpr, HAS_SINKS: tl.constexpr,
     VALUE_ROTATED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
-    PIECES: tl.constexpr,
-    WARPS: tl.constexpr, TEAM: tl.constexpr, SEATS: tl.constexpr, FINGERPRINT: tl.constexpr,
+    WARPS: tl.constexpr, TEAM: tl.constexpr, FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
     """Teams of TEAM warps, each for one of `splits` parts of one request's sequence and one kv head.
 
-    SEATS: see `seats`. MERGE: there are no other parts. LEAVE: rows of context 0 are somebody else's. EARLY:
+    MERGE: there are no other parts. LEAVE: rows of context 0 are somebody else's. EARLY:
     whoever merges is launched meanwhile, and waits. Scalars that follow from `warp` differ between warps: no
     operation here is the program's as a whole.
     """
@@ -370,16 +365,11 @@ def _warp_decode_kernel(
     lane = thread % 32
     g, t = lane // 4, lane % 4
     sequence, part = tl.program_id(0), tl.program_id(1)
-    ring_of_team, member, start, stop = 0, 0, 0, 0
+    number, member = 0, 0
     if WARPS > 1:
         warp = tl.inline_asm_elementwise(ptx.warp(), "=r,r", [sequence], tl.int32, True, 1)
-        for i in tl.static_range(WARPS):
-            chosen = warp == i
-            ring_of_team = tl.where(chosen, SEATS[i][0], ring_of_team)
-            member = tl.where(chosen, SEATS[i][1], member)
-            start = tl.where(chosen, SEATS[i][2], start)
-            stop = tl.where(chosen, SEATS[i][3], stop)
-        sequence = sequence * (WARPS // TEAM) + ring_of_team
+        number, member = warp // TEAM, warp % TEAM
+        sequence = sequence * (WARPS // TEAM) + number
     there = sequence < sequences
     sequence = tl.minimum(sequence, sequences - 1)
     request, head = (sequence // HEADS).to(tl.int64), sequence % HEADS
@@ -416,20 +406,19 @@ def _warp_decode_kernel(
 
     # the first tile is on its way while the query is prepared
     STEPS: tl.constexpr = T // 16
-    AT_ONCE: tl.constexpr = STEPS // PIECES
     RING: tl.constexpr = ptx.ring_bytes(KEY, VALUE, D, T, TEAM)
     memory = gl.allocate_shared_memory(
         gl.int32, [RING // 128 + 1, 32 * WARPS], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
     memory.index(RING // 128).store(thread)  # what nothing uses has no address
     rings = tl.inline_asm_elementwise(ptx.shared_memory(), "=r,r", [sequence], tl.int32, True, 1)
-    rings += ring_of_team * (TEAM * RING)
+    rings += number * (TEAM * RING)
     ring = rings + member * RING
     targets, parts_at = _targets(lane, ring, KEY, VALUE, D, T), _parts(lane, ring, KEY, VALUE, D, T)
     last = first + count
     if TEAM > 1:
-        last = first + count * stop // WHOLE
-        first += count * start // WHOLE
+        last = first + count * (member + 1) // TEAM
+        first += count * member // TEAM
     table = tables + request * table_stride
     block = pages + head.to(tl.int64) * BLOCK_BYTES
     here = block + tl.load(table + tl.minimum(first, end - 1) * T // P).to(tl.int64) * page_stride
@@ -440,8 +429,8 @@ def _warp_decode_kernel(
         META_OFFSET + lane // 2 * (2 * P) + lane % 2 * 16,
     )
     sources = _sources(here, first * T % P, places, KEY, VALUE, D)
-    for i in tl.static_range(0, STEPS, AT_ONCE):
-        _copy(lane, sources, targets, first < last, i, AT_ONCE, KEY, VALUE, D, T)
+    for i in tl.static_range(STEPS):
+        _copy(lane, sources, targets, first < last, i, KEY, VALUE, D, T)
 
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
     prepared = tl.inline_asm_elementwise(
@@ -459,9 +448,9 @@ def _warp_decode_kernel(
     if CAP:
         power0, power1 = unit0 * 0.0 + LOG2E, unit1 * 0.0 + LOG2E
 
+    powers = by1, by2, by4, by7, by16
     held = ()
-    TABLES: tl.constexpr = ptx.tables_held(KEY)
-    HELD: tl.constexpr = TABLES + ptx.multiplies(KEY)
+    HELD: tl.constexpr = ptx.tables_held(KEY)
     if HELD:
         held = tl.inline_asm_elementwise(
             ptx.held_constants(KEY), ptx.constraints("r" * HELD, "r"), [lane],
@@ -481,15 +470,13 @@ def _warp_decode_kernel(
         more = tile + 1 < last
         inside = tl.minimum(tile * T - low, high - (tile * T + T))
         for i in tl.static_range(STEPS):
-            if i % AT_ONCE == 0:
-                tl.inline_asm_elementwise(ptx.wait(STEPS // AT_ONCE - 1), "=r,r", [lane], tl.int32, False, 1)
+            tl.inline_asm_elementwise(ptx.wait(STEPS - 1), "=r,r", [lane], tl.int32, False, 1)
             keys = _load_keys(parts_at[0], parts_at[2], i, KEY, D, T)
-            a0, a1, b0, b1 = _scores(keys, q, held[0:TABLES], start0, start1, all0, all1, KEY, D)
+            a0, a1, b0, b1 = _scores(keys, q, held + powers, start0, start1, all0, all1, KEY, D)
             loaded = _load_values(parts_at[1], parts_at[3], i, VALUE, D, T)
             # what is read is filled again at once: the next tile has all of this one's time
-            if i % AT_ONCE == AT_ONCE - 1:
-                tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
-                _copy(lane, sources, targets, more, i + 1 - AT_ONCE, AT_ONCE, KEY, VALUE, D, T)
+            tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
+            _copy(lane, sources, targets, more, i, KEY, VALUE, D, T)
             if CAP:
                 a0, a1 = cap(a0 * unit0, scale, softcap, CAP), cap(a1 * unit1, scale, softcap, CAP)
                 b0, b1 = cap(b0 * unit0, scale, softcap, CAP), cap(b1 * unit1, scale, softcap, CAP)
@@ -512,12 +499,12 @@ def _warp_decode_kernel(
             scale_a, bias_a = _value_scale(loaded, one, 0, VALUE, D)
             scale_b, bias_b = _value_scale(loaded, one, 1, VALUE, D)
             state = tl.inline_asm_elementwise(
-                ptx.weigh(VALUE, D, HELD > TABLES),
-                ptx.constraints("f" * STATE, "f" * 10 + "r" * (4 * W) + "f" * STATE + "r" * (HELD - TABLES)),
+                ptx.weigh(VALUE, D),
+                ptx.constraints("f" * STATE, "f" * 10 + "r" * (4 * W) + "f" * STATE + "r" * len(powers)),
                 (a0, a1, b0, b1, power0, power1, scale_a, scale_b, bias_a, bias_b)
                 + loaded[0 : 4 * W]
                 + state
-                + held[TABLES:],
+                + powers,
                 dtype=ptx.types(STATE, tl.float32), is_pure=True, pack=1,
             )  # fmt: skip
 
@@ -544,7 +531,7 @@ def _warp_decode_kernel(
             (ring + lane * 16, m0, m1, l0, l1) + sums, dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
         tl.inline_asm_elementwise(
-            ptx.meet(TEAM), "=r,r,r", [lane * 0 + ring_of_team, lane * 0 + member], tl.int32, False, 1
+            ptx.meet(TEAM), "=r,r,r", [lane * 0 + number, lane * 0 + member], tl.int32, False, 1
         )
         here = rings + lane * 16 + member * (128 * ptx.share_words(D))
         m, l, sums = _merge(here, unit, TEAM, D, RING)
@@ -614,7 +601,9 @@ def plan(
     tile, registers = _shape(key, value, layout.key_dim)
     ring = ptx.ring_bytes(key, value, layout.key_dim, tile, 2) + 128
     room, sequences = min(_warps(registers), shared // ring // 4 * 4), requests * layout.num_kv_heads
-    wanted = splits or max(1, min(room * multiprocessors // sequences, longest // _MIN_TOKENS, 128))
+    few = sequences * longest <= multiprocessors * _SCHEDULERS * _FEW_TOKENS
+    most_parts = longest // (_FEW_TOKENS if few else _MIN_TOKENS)
+    wanted = splits or max(1, min(room * multiprocessors // sequences, most_parts, 128))
     full = sequences * wanted > (1 - _MOST_IDLE) * room * multiprocessors
     most = room & -room if full else _SCHEDULERS
     team = min(most, 1 << wanted.bit_length() - 1)
@@ -624,39 +613,6 @@ def plan(
             team //= 2
         parts = wanted // team
     return Plan(parts, team, most if full and team > 1 else team)
-
-
-@lru_cache(maxsize=64)
-def seats(warps: int, team: int) -> tuple[tuple[int, int, int, int], ...]:
-    """For each warp of a program its team, its number there, and where its share of the team's work begins
-    and ends, of WHOLE.
-
-    Teams mix ages: where a scheduler has two warps of a team, one is as much older than the mean as the other
-    is younger; where it has one, another scheduler's makes up for it.
-    """
-    ages = warps // _SCHEDULERS
-    shares = _SHARES if ages == len(_SHARES) else (1,) * max(1, ages)
-    members: dict[int, list[int]] = {}
-    for warp in range(warps):
-        age, scheduler = divmod(warp, _SCHEDULERS)
-        pair = min(age, ages - 1 - age)
-        if team >= 2 * _SCHEDULERS or ages < 2:
-            number = pair * 2 * _SCHEDULERS // team if ages > 1 else warp // team
-        elif team == _SCHEDULERS:
-            number = (age + scheduler) % ages
-        else:
-            number = (scheduler * ages // 2 + pair) * 2 // team
-        members.setdefault(number, []).append(warp)
-    result = [(0, 0, 0, 0)] * warps
-    for number, of_team in members.items():
-        assert len(of_team) == team, (warps, team)
-        weights = [shares[warp // _SCHEDULERS] if ages else 1 for warp in of_team]
-        so_far = 0.0
-        for i, (warp, weight) in enumerate(zip(of_team, weights, strict=True)):
-            bounds = (round(WHOLE.value * x / sum(weights)) for x in (so_far, so_far + weight))
-            result[warp] = (number, i, *bounds)
-            so_far += weight
-    return tuple(result)
 
 
 def merges(out: Tensor, parts: int) -> bool:
@@ -701,12 +657,12 @@ def launch(
         query, pages, block_tables, context_lens, partial, stats, out, stats if sinks is None else sinks,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         pages.stride(0), block_tables.stride(0), scale, softcap, window,
-        requests * heads, parts, partial.shape[2], query_heads // heads, max(1, _MIN_TOKENS // tile),
+        requests * heads, parts, partial.shape[2], query_heads // heads, max(1, _FEW_TOKENS // tile), *ptx.POWERS,
         MERGE=merge, LEAVE=leave, EARLY=early and not merge, HAS_SINKS=sinks is not None,
         VALUE_ROTATED=layout.value.rotated, KEY=key, VALUE=value, ROTATED=layout.key.rotated,
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
-        HEADS=heads, DTYPE=_SHORT[layout.dtype], D=head_dim, P=layout.page_size, T=tile, PIECES=_PIECES,
-        WARPS=warps, TEAM=team, SEATS=seats(warps, team), FINGERPRINT=ptx.FINGERPRINT,
+        HEADS=heads, DTYPE=_SHORT[layout.dtype], D=head_dim, P=layout.page_size, T=tile,
+        WARPS=warps, TEAM=team, FINGERPRINT=ptx.FINGERPRINT,
         num_warps=warps, maxnreg=registers,
     )  # fmt: skip

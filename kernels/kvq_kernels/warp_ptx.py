@@ -62,6 +62,10 @@ SMALLEST_QUERY = 2.0**-100
 LARGE_VALUE = 2048.0
 """Weights times value scales stay below 2^GROWTH times this, which fp16 holds."""
 
+POWERS = (2, 4, 16, 128, 65536)
+"""Inputs of the kernel, so that ptxas must not know them: it would shift instead of multiplying, and the unit
+that shifts has more to do than the one that multiplies."""
+
 AS_BITS = 1.5 * 2.0**23
 """Of this plus an integer n below 2^22 in magnitude, the bits as an integer are AS_BITS_ZERO + n."""
 AS_BITS_ZERO = 0x4B400000
@@ -143,12 +147,6 @@ def value_numbers(scheme: str) -> int:
 def tables_held(scheme: str) -> int:
     """Registers of look-up tables and the like, see `held_constants`."""
     return {"turbo": 1, "turbo-whole": 2, "lm4": 2}.get(scheme, 0)
-
-
-@triton.constexpr_function
-def multiplies(scheme: str) -> bool:
-    """Whether 2-bit values are better shifted by multiplication, beside keys of `scheme`."""
-    return scheme in ("lm4", *TURBO)
 
 
 @triton.constexpr_function
@@ -296,7 +294,9 @@ class _Code:
         high = self.do("prmt.b32", values[2], values[3], "0x0040")
         return self.do("prmt.b32", low, high, "0x5410")
 
-    def key_operands(self, scheme: str, words: Sequence[str], held: Sequence[str]) -> list[tuple[str, str]]:
+    def key_operands(
+        self, scheme: str, words: Sequence[str], held: Sequence[str], by16: str
+    ) -> list[tuple[str, str]]:
         """A token's words -> what its row brings to the products of 32 dims, one or two to each; `held`: see
         `held_constants`.
 
@@ -322,7 +322,7 @@ class _Code:
                 looked_up = [(LM4_LEVELS[:8], word), (LM4_LEVELS[8:], self.do("xor.b32", word, "0x88888888"))]
             for first, (levels, index) in zip(held, looked_up, strict=False):
                 table = first, self.table(levels)[1]
-                upper = self.do("shr.u32", index, "16")
+                upper = self.do("mul.hi.u32", index, by16)
                 result.append((self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)))
         return result
 
@@ -340,7 +340,7 @@ class _Code:
         return pairs
 
     def value_operands(
-        self, scheme: str, dim: int, a: Sequence[str], b: Sequence[str], two: str
+        self, scheme: str, dim: int, a: Sequence[str], b: Sequence[str], powers: Sequence[str]
     ) -> list[str]:
         """Words of tokens a and b -> for each of the lane's D/8 dims an fp16 pair (a, b); see `weigh`."""
         pairs: list[str] = []
@@ -348,12 +348,10 @@ class _Code:
             halves = [("0x5410",), ("0x5410", "0x7632")][dim // 128]
             for selector in halves:
                 zipped = self.do("prmt.b32", a[0], b[0], selector)
-                shifted = [zipped]
-                for bit in range(1, 8):
-                    if two and bit != 4:
-                        shifted.append(self.do("mul.lo.u32", shifted[-1], two))
-                    else:
-                        shifted.append(self.do("shl.b32", zipped, str(bit)))
+                by1, by2, by4, by7 = (self.do("mul.lo.u32", zipped, power) for power in powers[:4])
+                by3, by5 = (self.do("mul.lo.u32", x, powers[0]) for x in (by2, by4))
+                by6 = self.do("mul.lo.u32", by4, powers[1])
+                shifted = [zipped, by1, by2, by3, by4, by5, by6, by7]
                 for word in reversed(shifted):
                     pairs.append(self.do("lop3.b32", word, "0x80808080", "0x00370037", "0xea"))
             return pairs
@@ -430,8 +428,8 @@ class _Blocks:
         return "mad.wide.u32 $0, $2, 1, $1;"
 
     @staticmethod
-    def copy(key: str, value: str, dim: int, tokens: int, first: int, steps: int) -> str:
-        """Start copying steps of a tile from the page to the ring: a group of copies, or an empty one.
+    def copy(key: str, value: str, dim: int, tokens: int, step: int) -> str:
+        """Start copying a step of a tile from the page to the ring: a group of copies, or an empty one.
 
         Inputs: for keys, values and numbers the 64-bit address to read from, at the lane's first 16 bytes of
         the tile (of keys and values `middle` on), and the shared one to write to; the lane; and whether to
@@ -454,13 +452,12 @@ class _Blocks:
         def copy(predicate: str, to: str, source: str, offset: int) -> None:
             code.add(f"@{predicate} cp.async.cg.shared.global [{to}], [{source}+{offset}], 16")
 
-        for step in range(first, first + steps):
-            for source, target, size, swizzle in zip(sources, targets, sizes, swizzles, strict=False):
-                predicate = some(min(size, 32))
-                for at in range(16 * step * size, 16 * (step + 1) * size, 512):
-                    copy(predicate, code.place(target, at, swizzle), source, at - middle(size, tokens))
-            if numbers:
-                copy(some(2 * numbers), f"{targets[2]}+{32 * step}", sources[2], 32 * step)
+        for source, target, size, swizzle in zip(sources, targets, sizes, swizzles, strict=False):
+            predicate = some(min(size, 32))
+            for at in range(16 * step * size, 16 * (step + 1) * size, 512):
+                copy(predicate, code.place(target, at, swizzle), source, at - middle(size, tokens))
+        if numbers:
+            copy(some(2 * numbers), f"{targets[2]}+{32 * step}", sources[2], 32 * step)
         code.add("cp.async.commit_group")
         code.add("mov.b32 $0, 0")
         return code.text()
@@ -629,8 +626,9 @@ class _Blocks:
         Σ q·code in units of `unit`; for turbo then the bits of as many AS_BITS + R, where R is Σ q·(sign of
         the residual), or half as much where that is 64 Σ high·sign. For fp8 and unquantized keys floats.
 
-        Inputs: words of tokens a and b, the query's registers, those of `held_constants`, and for turbo
-        AS_BITS_ZERO + Σ q of both heads, or AS_BITS_ZERO - 64 Σ high.
+        Inputs: words of tokens a and b, the query's registers, those of `held_constants`, `POWERS`, and for
+        turbo AS_BITS_ZERO + Σ q of both heads, or AS_BITS_ZERO - 64 Σ high. (No powers for fp8 and
+        unquantized keys.)
         """
         code, words = _Code(), key_words(scheme, dim)
         registers, high = query_registers(scheme, dim)
@@ -639,6 +637,8 @@ class _Blocks:
         a, b = code.operands(count, words), code.operands(count + words, words)
         query = code.operands(count + 2 * words, registers)
         held = code.operands(count + 2 * words + registers, tables_held(scheme))
+        powers = code.operands(count + 2 * words + registers + len(held), len(POWERS))
+        starts = code.operands(count + 2 * words + registers + len(held) + len(powers), 2)
         if scheme in FP8 or scheme in PLAIN:
             sums = [code.do("mov.f32", code.float(0.0), kind="f") for _ in range(4)]
             for i in range(registers // 2):
@@ -652,7 +652,7 @@ class _Blocks:
             for output, total in zip(outputs, sums, strict=True):
                 code.add(f"mov.f32 {output}, {total}")
             return code.text()
-        coded = [code.key_operands(scheme, w, held) for w in (a, b)]
+        coded = [code.key_operands(scheme, w, held, powers[4]) for w in (a, b)]
         kinds = "s32.s8.s8.s32" if held else "s32.u8.s8.s32"
         highs, lows = ([code.do("mov.b32", "0") for _ in range(4)] for _ in range(2))
         for i, (row_a, row_b) in enumerate(zip(*coded, strict=True)):
@@ -661,9 +661,8 @@ class _Blocks:
             for sums, part in ((highs, query[:high]), (lows, query[high : 2 * high])):
                 code.mma(kinds, sums, operand, part[at : at + 2], sums)
         for output, x, y in zip(outputs, highs, lows, strict=False):
-            code.add(f"mad.lo.s32 {output}, {x}, 128, {y}")
+            code.add(f"mad.lo.s32 {output}, {x}, {powers[3]}, {y}")
         if scheme == "turbo":
-            starts = code.operands(count + 2 * words + registers + len(held), 2)
             residual = query[2 * high :]
             sums = [code.do("mov.b32", "0") for _ in range(4)]
             for mask, part in (("0x08080808", residual[:words]), ("0x80808080", residual[words:])):
@@ -671,11 +670,10 @@ class _Blocks:
                     masked = [code.do("and.b32", w[j], mask) for j in (i, i + 1) for w in (a, b)]
                     code.mma("s32.u8.s8.s32", sums, masked, part[i : i + 2], sums)
                 if mask == "0x08080808":  # 16 times these, and all that was not added, before the others
-                    sums = [code.do("mad.lo.s32", x, "16", starts[i % 2]) for i, x in enumerate(sums)]
+                    sums = [code.do("mad.lo.s32", x, powers[2], starts[i % 2]) for i, x in enumerate(sums)]
             for output, x in zip(outputs[4:], sums, strict=True):
                 code.add(f"mov.b32 {output}, {x}")
         if scheme == "turbo-whole":
-            starts = code.operands(count + 2 * words + registers + len(held), 2)
             highs, lows = ([code.do("mov.b32", "0") for _ in range(4)] for _ in range(2))
             for i in range(words):
                 # 1 where the sign is negative, a nibble's highest bit 0; else the sign of that 1: nothing
@@ -692,13 +690,12 @@ class _Blocks:
         return code.text()
 
     @staticmethod
-    def weigh(scheme: str, dim: int, multiply: bool) -> str:
+    def weigh(scheme: str, dim: int) -> str:
         """One step's softmax and values. Outputs and last inputs: the state, as in `step_state`.
 
         Inputs before it: scores a0, a1, b0, b1 (-inf where unseen), what makes those of heads 2t and 2t + 1
         powers of two; value scales of tokens a and b, their biases, and the words of the four tokens the lane
-        weighs: 0, 2, 1, 3 of them. Sums are in units of 1 / (the values' scale). To `multiply` instead of
-        shifting, where the unit that shifts has more to do, there is a last input: 2, from `held_constants`.
+        weighs: 0, 2, 1, 3 of them. Sums are in units of 1 / (the values' scale). After the state `POWERS`.
         """
         code, words, state = _Code(), value_words(scheme, dim), step_state(dim)
         outputs = code.operands(0, state)
@@ -707,7 +704,7 @@ class _Blocks:
         tokens = [code.operands(state + 10 + i * words, words) for i in range(4)]
         for output, value in zip(outputs, code.operands(state + 10 + 4 * words, state), strict=True):
             code.add(f"mov.f32 {output}, {value}")
-        two = f"${2 * state + 10 + 4 * words}" if multiply else ""
+        powers = code.operands(2 * state + 10 + 4 * words, len(POWERS))
         m, l, bias, value_scale, sums = outputs[0:2], outputs[2:4], outputs[4:6], outputs[6], outputs[7:]
         scaled_values = scheme not in PLAIN
 
@@ -768,7 +765,7 @@ class _Blocks:
             half = "bf16" if scheme == "bf16" else "f16"
             packed = code.do(f"cvt.rn.{half}x2.f32", weights[1], weights[0])
             columns.append(code.do("movmatrix.sync.aligned.m8n8.trans.b16", packed))
-        first, second = (code.value_operands(scheme, dim, tokens[i], tokens[i + 1], two) for i in (0, 2))
+        first, second = (code.value_operands(scheme, dim, tokens[i], tokens[i + 1], powers) for i in (0, 2))
         tiles = dim // 16
         kind = "f32.bf16.bf16.f32" if scheme == "bf16" else "f32.f16.f16.f32"
         for i in range(tiles):
@@ -931,11 +928,11 @@ class _Blocks:
 
     @staticmethod
     def held_constants(scheme: str) -> str:
-        """Lower halves of look-up tables, which `prmt` takes from a register alone, for turbo-whole four
-        ones, then 2 where keys of `scheme` let values be multiplied; the input is unused.
+        """Lower halves of look-up tables, which `prmt` takes from a register alone, and for turbo-whole four
+        ones; the input is unused.
 
-        ptxas must not know them for constants, or it moves them anew each time (and shifts): 1, the number of
-        lanes that equal this one, is added on the way.
+        ptxas must not know them for constants, or it moves them anew each time: 1, the number of lanes that
+        equal this one, is added on the way.
         """
         code = _Code()
         one = code.do("popc.b32", code.do("mov.u32", "%lanemask_eq"))
@@ -943,7 +940,7 @@ class _Blocks:
         numbers = [int(code.table(table)[0], 16) for table in tables]
         if scheme == "turbo-whole":
             numbers.append(0x01010101)
-        for i, number in enumerate(numbers + [2] * multiplies(scheme)):
+        for i, number in enumerate(numbers):
             code.add(f"add.s32 ${i}, {one}, {number - 1}")
         return code.text()
 
@@ -976,8 +973,8 @@ def address() -> str:
 
 
 @triton.constexpr_function
-def copy(key: str, value: str, dim: int, tokens: int, first: int, steps: int) -> str:
-    return _Blocks().copy(key, value, dim, tokens, first, steps)
+def copy(key: str, value: str, dim: int, tokens: int, step: int) -> str:
+    return _Blocks().copy(key, value, dim, tokens, step)
 
 
 @triton.constexpr_function
@@ -1016,8 +1013,8 @@ def scores(scheme: str, dim: int) -> str:
 
 
 @triton.constexpr_function
-def weigh(scheme: str, dim: int, multiply: bool) -> str:
-    return _Blocks().weigh(scheme, dim, multiply)
+def weigh(scheme: str, dim: int) -> str:
+    return _Blocks().weigh(scheme, dim)
 
 
 @triton.constexpr_function
