@@ -33,6 +33,8 @@ _MIN_TOKENS, _FEW_TOKENS = 128, 64
 merging cost more than the tokens."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
+_PIECES = 2
+"""Of a tile: each is filled again as soon as it is read."""
 _SCHEDULERS = 4
 """Of a multiprocessor."""
 _MOST_IDLE = 0.25
@@ -121,12 +123,12 @@ def _targets(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def _copy(
-    lane, sources, targets, wanted, step: tl.constexpr,
+    lane, sources, targets, wanted, first: tl.constexpr, STEPS: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Start copying a step of a tile, where `wanted`."""
+    """Start copying STEPS steps of a tile, where `wanted`."""
     tl.inline_asm_elementwise(
-        ptx.copy(KEY, VALUE, D, T, step), ptx.constraints("r", "lllrrrrr"),
+        ptx.copy(KEY, VALUE, D, T, first, STEPS), ptx.constraints("r", "lllrrrrr"),
         sources + targets + (lane, wanted.to(tl.int32)), dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -340,17 +342,20 @@ def _store_part(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["table_stride", "window", "sequences", "splits", "group", "min_tiles"]
-    + ["by1", "by2", "by4", "by7", "by16"])
+@gluon.jit(
+    do_not_specialize=["table_stride", "window", "sequences", "splits", "group", "min_tiles"]
+    + ["by1", "by2", "by4", "by7"]
+)
 def _warp_decode_kernel(
     query, pages, tables, context_lens, partial, stats, out, sinks,
     query_stride, query_head_stride, out_stride, out_head_stride, page_stride, table_stride,
-    scale, softcap, window, sequences, splits, parts, group, min_tiles, by1, by2, by4, by7, by16,
+    scale, softcap, window, sequences, splits, parts, group, min_tiles, by1, by2, by4, by7,
     MERGE: tl.constexpr, LEAVE: tl.constexpr, EARLY: tl.constexpr, HAS_SINKS: tl.constexpr,
     VALUE_ROTATED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
+    PIECES: tl.constexpr,
     WARPS: tl.constexpr, TEAM: tl.constexpr, FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
     """Teams of TEAM warps, each for one of `splits` parts of one request's sequence and one kv head.
@@ -386,7 +391,9 @@ def _warp_decode_kernel(
     high = context - RECENT
     begin = low // T
     end = tl.maximum(tl.cdiv(high, T), begin)
-    share = tl.maximum(tl.cdiv(end - begin, splits), min_tiles)
+    share = end - begin
+    if not MERGE:
+        share = tl.maximum(tl.cdiv(share, splits), min_tiles)
     first = begin + part * share
     count = tl.minimum(share, end - first)
     row = (request * HEADS + head) * group
@@ -406,13 +413,14 @@ def _warp_decode_kernel(
 
     # the first tile is on its way while the query is prepared
     STEPS: tl.constexpr = T // 16
+    AT_ONCE: tl.constexpr = max(1, STEPS // PIECES)
     RING: tl.constexpr = ptx.ring_bytes(KEY, VALUE, D, T, TEAM)
     memory = gl.allocate_shared_memory(
         gl.int32, [RING // 128 + 1, 32 * WARPS], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
-    memory.index(RING // 128).store(thread)  # what nothing uses has no address
-    rings = tl.inline_asm_elementwise(ptx.shared_memory(), "=r,r", [sequence], tl.int32, True, 1)
-    rings += number * (TEAM * RING)
+    memory.index(RING // 128).store(thread)
+    start_of_rings = tl.inline_asm_elementwise(ptx.shared_memory(), "=r,r", [sequence], tl.int32, True, 1)
+    rings = start_of_rings + number * (TEAM * RING)
     ring = rings + member * RING
     targets, parts_at = _targets(lane, ring, KEY, VALUE, D, T), _parts(lane, ring, KEY, VALUE, D, T)
     last = first + count
@@ -429,13 +437,21 @@ def _warp_decode_kernel(
         META_OFFSET + lane // 2 * (2 * P) + lane % 2 * 16,
     )
     sources = _sources(here, first * T % P, places, KEY, VALUE, D)
-    for i in tl.static_range(STEPS):
-        _copy(lane, sources, targets, first < last, i, KEY, VALUE, D, T)
+    for i in tl.static_range(0, STEPS, AT_ONCE):
+        _copy(lane, sources, targets, first < last, i, AT_ONCE, KEY, VALUE, D, T)
 
+    zero = tl.inline_asm_elementwise(
+        ptx.zero_after_copies(),
+        "=&r,r,r",
+        [thread, start_of_rings + WARPS * RING + thread * 4],
+        tl.int32,
+        False,
+        1,
+    )
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
     prepared = tl.inline_asm_elementwise(
-        ptx.prepare_query(KEY, D, ROTATED, DTYPE), ptx.constraints("r" * (QUERY + 6), "r" * (D // 8 + 2)),
-        words + (t, t * 8), dtype=ptx.types(QUERY + 6, tl.int32), is_pure=True, pack=1,
+        ptx.prepare_query(KEY, D, ROTATED, DTYPE), ptx.constraints("r" * (QUERY + 6), "r" * (D // 8 + 3)),
+        words + (t, t * 8, zero), dtype=ptx.types(QUERY + 6, tl.int32), is_pure=True, pack=1,
     )  # fmt: skip
     q = prepared[0:QUERY]
     unit0 = prepared[QUERY].to(tl.float32, bitcast=True) * _key_unit(KEY)
@@ -448,7 +464,7 @@ def _warp_decode_kernel(
     if CAP:
         power0, power1 = unit0 * 0.0 + LOG2E, unit1 * 0.0 + LOG2E
 
-    powers = by1, by2, by4, by7, by16
+    powers = by1, by2, by4, by7
     held = ()
     HELD: tl.constexpr = ptx.tables_held(KEY)
     if HELD:
@@ -459,10 +475,10 @@ def _warp_decode_kernel(
 
     STATE: tl.constexpr = ptx.step_state(D)
     W: tl.constexpr = ptx.value_words(VALUE, D)
-    zero = lane * 0.0
-    one = zero + 1.0
-    lowest = zero + ptx.NO_MAXIMUM
-    state = (lowest, lowest, zero, zero, zero, zero, zero + _first_scale(VALUE)) + (zero,) * (STATE - 7)
+    nothing = lane * 0.0
+    one = nothing + 1.0
+    lowest = nothing + ptx.NO_MAXIMUM
+    state = (lowest, lowest) + (nothing,) * 4 + (nothing + _first_scale(VALUE),) + (nothing,) * (STATE - 7)
     for tile in range(first, last):
         here = block + following.to(tl.int64) * page_stride
         following = tl.load(table + tl.minimum(tile + 2, end - 1) * T // P)
@@ -470,13 +486,15 @@ def _warp_decode_kernel(
         more = tile + 1 < last
         inside = tl.minimum(tile * T - low, high - (tile * T + T))
         for i in tl.static_range(STEPS):
-            tl.inline_asm_elementwise(ptx.wait(STEPS - 1), "=r,r", [lane], tl.int32, False, 1)
+            if i % AT_ONCE == 0:
+                tl.inline_asm_elementwise(ptx.wait(STEPS // AT_ONCE - 1), "=r,r", [lane], tl.int32, False, 1)
             keys = _load_keys(parts_at[0], parts_at[2], i, KEY, D, T)
             a0, a1, b0, b1 = _scores(keys, q, held + powers, start0, start1, all0, all1, KEY, D)
             loaded = _load_values(parts_at[1], parts_at[3], i, VALUE, D, T)
             # what is read is filled again at once: the next tile has all of this one's time
-            tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
-            _copy(lane, sources, targets, more, i, KEY, VALUE, D, T)
+            if i % AT_ONCE == AT_ONCE - 1:
+                tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
+                _copy(lane, sources, targets, more, i + 1 - AT_ONCE, AT_ONCE, KEY, VALUE, D, T)
             if CAP:
                 a0, a1 = cap(a0 * unit0, scale, softcap, CAP), cap(a1 * unit1, scale, softcap, CAP)
                 b0, b1 = cap(b0 * unit0, scale, softcap, CAP), cap(b1 * unit1, scale, softcap, CAP)
@@ -662,7 +680,7 @@ def launch(
         VALUE_ROTATED=layout.value.rotated, KEY=key, VALUE=value, ROTATED=layout.key.rotated,
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,
-        HEADS=heads, DTYPE=_SHORT[layout.dtype], D=head_dim, P=layout.page_size, T=tile,
+        HEADS=heads, DTYPE=_SHORT[layout.dtype], D=head_dim, P=layout.page_size, T=tile, PIECES=_PIECES,
         WARPS=warps, TEAM=team, FINGERPRINT=ptx.FINGERPRINT,
         num_warps=warps, maxnreg=registers,
     )  # fmt: skip

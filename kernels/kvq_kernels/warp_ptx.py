@@ -62,7 +62,7 @@ SMALLEST_QUERY = 2.0**-100
 LARGE_VALUE = 2048.0
 """Weights times value scales stay below 2^GROWTH times this, which fp16 holds."""
 
-POWERS = (2, 4, 16, 128, 65536)
+POWERS = (2, 4, 16, 128)
 """Inputs of the kernel, so that ptxas must not know them: it would shift instead of multiplying, and the unit
 that shifts has more to do than the one that multiplies."""
 
@@ -294,9 +294,7 @@ class _Code:
         high = self.do("prmt.b32", values[2], values[3], "0x0040")
         return self.do("prmt.b32", low, high, "0x5410")
 
-    def key_operands(
-        self, scheme: str, words: Sequence[str], held: Sequence[str], by16: str
-    ) -> list[tuple[str, str]]:
+    def key_operands(self, scheme: str, words: Sequence[str], held: Sequence[str]) -> list[tuple[str, str]]:
         """A token's words -> what its row brings to the products of 32 dims, one or two to each; `held`: see
         `held_constants`.
 
@@ -322,7 +320,7 @@ class _Code:
                 looked_up = [(LM4_LEVELS[:8], word), (LM4_LEVELS[8:], self.do("xor.b32", word, "0x88888888"))]
             for first, (levels, index) in zip(held, looked_up, strict=False):
                 table = first, self.table(levels)[1]
-                upper = self.do("mul.hi.u32", index, by16)
+                upper = self.do("shr.u32", index, "16")
                 result.append((self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)))
         return result
 
@@ -348,7 +346,7 @@ class _Code:
             halves = [("0x5410",), ("0x5410", "0x7632")][dim // 128]
             for selector in halves:
                 zipped = self.do("prmt.b32", a[0], b[0], selector)
-                by1, by2, by4, by7 = (self.do("mul.lo.u32", zipped, power) for power in powers[:4])
+                by1, by2, by4, by7 = (self.do("mul.lo.u32", zipped, power) for power in powers)
                 by3, by5 = (self.do("mul.lo.u32", x, powers[0]) for x in (by2, by4))
                 by6 = self.do("mul.lo.u32", by4, powers[1])
                 shifted = [zipped, by1, by2, by3, by4, by5, by6, by7]
@@ -428,8 +426,8 @@ class _Blocks:
         return "mad.wide.u32 $0, $2, 1, $1;"
 
     @staticmethod
-    def copy(key: str, value: str, dim: int, tokens: int, step: int) -> str:
-        """Start copying a step of a tile from the page to the ring: a group of copies, or an empty one.
+    def copy(key: str, value: str, dim: int, tokens: int, first: int, steps: int) -> str:
+        """Start copying steps of a tile from the page to the ring: a group of copies, or an empty one.
 
         Inputs: for keys, values and numbers the 64-bit address to read from, at the lane's first 16 bytes of
         the tile (of keys and values `middle` on), and the shared one to write to; the lane; and whether to
@@ -452,12 +450,13 @@ class _Blocks:
         def copy(predicate: str, to: str, source: str, offset: int) -> None:
             code.add(f"@{predicate} cp.async.cg.shared.global [{to}], [{source}+{offset}], 16")
 
-        for source, target, size, swizzle in zip(sources, targets, sizes, swizzles, strict=False):
-            predicate = some(min(size, 32))
-            for at in range(16 * step * size, 16 * (step + 1) * size, 512):
-                copy(predicate, code.place(target, at, swizzle), source, at - middle(size, tokens))
-        if numbers:
-            copy(some(2 * numbers), f"{targets[2]}+{32 * step}", sources[2], 32 * step)
+        for step in range(first, first + steps):
+            for source, target, size, swizzle in zip(sources, targets, sizes, swizzles, strict=False):
+                predicate = some(min(size, 32))
+                for at in range(16 * step * size, 16 * (step + 1) * size, 512):
+                    copy(predicate, code.place(target, at, swizzle), source, at - middle(size, tokens))
+            if numbers:
+                copy(some(2 * numbers), f"{targets[2]}+{32 * step}", sources[2], 32 * step)
         code.add("cp.async.commit_group")
         code.add("mov.b32 $0, 0")
         return code.text()
@@ -514,6 +513,20 @@ class _Blocks:
         return code.text()
 
     @staticmethod
+    def zero_after_copies() -> str:
+        """0, which is not known before the copies have started. Inputs: a number, and the shared address where
+        it has been stored.
+
+        ptxas sees nobody wait for copies, and would prepare the query first: whoever needs this zero is
+        later.
+        """
+        code = _Code()
+        code.add("bar.warp.sync 0xffffffff")
+        code.load_shared(["$0"], "$2")
+        code.add("xor.b32 $0, $0, $1")
+        return code.text()
+
+    @staticmethod
     def load_query(scheme: str, dim: int) -> str:
         """The lane's quarter of the query of head g, as it lies: dim / 8 words; zeros where there is no head.
 
@@ -540,13 +553,13 @@ class _Blocks:
         """Words of head g -> the registers of `query_registers`, and of heads 2t, 2t + 1: unit, Σ high, Σ q.
 
         unit · (128 high + low) is q (for fp8 keys unit · fp16); Σ q is in units of `unit`. Inputs: the words,
-        t, and 8t. NaN and infinity make unit NaN. Unquantized keys meet the query as it is.
+        t, 8t, and `zero_after_copies`. NaN and infinity make unit NaN. Unquantized keys meet the query as it is.
         """
         code, count = _Code(), dim // 4
         registers, _ = query_registers(scheme, dim)
         outputs = code.operands(0, registers + 6)
         words = code.operands(registers + 6, dim // 8)
-        t, source = code.operands(registers + 6 + dim // 8, 2)
+        t, source, zero = code.operands(registers + 6 + dim // 8, 3)
         if scheme in PLAIN:
             for output, value in zip(outputs, (*words, *("0x3f800000",) * 2, *("0",) * 4), strict=True):
                 code.add(f"mov.b32 {output}, {value}")
@@ -554,11 +567,12 @@ class _Blocks:
         x: list[str] = []
         for word in words:
             if dtype == "bf16":
-                x.append(code.do("shl.b32", word, "16", kind="f"))
-                x.append(code.do("and.b32", word, "0xffff0000", kind="f"))
+                x += [
+                    code.do("prmt.b32", word, zero, selector, kind="f") for selector in ("0x1044", "0x3244")
+                ]
             else:
                 low, high = code.new("h"), code.new("h")
-                code.add(f"mov.b32 {{{low}, {high}}}, {word}")
+                code.add(f"mov.b32 {{{low}, {high}}}, {code.do('xor.b32', word, zero)}")
                 x += [code.do("cvt.f32.f16", half, kind="f") for half in (low, high)]
         if rotated:
             x = code.butterflies(x, t, (1, 2))
@@ -652,7 +666,7 @@ class _Blocks:
             for output, total in zip(outputs, sums, strict=True):
                 code.add(f"mov.f32 {output}, {total}")
             return code.text()
-        coded = [code.key_operands(scheme, w, held, powers[4]) for w in (a, b)]
+        coded = [code.key_operands(scheme, w, held) for w in (a, b)]
         kinds = "s32.s8.s8.s32" if held else "s32.u8.s8.s32"
         highs, lows = ([code.do("mov.b32", "0") for _ in range(4)] for _ in range(2))
         for i, (row_a, row_b) in enumerate(zip(*coded, strict=True)):
@@ -973,8 +987,8 @@ def address() -> str:
 
 
 @triton.constexpr_function
-def copy(key: str, value: str, dim: int, tokens: int, step: int) -> str:
-    return _Blocks().copy(key, value, dim, tokens, step)
+def copy(key: str, value: str, dim: int, tokens: int, first: int, steps: int) -> str:
+    return _Blocks().copy(key, value, dim, tokens, first, steps)
 
 
 @triton.constexpr_function
@@ -995,6 +1009,11 @@ def load_keys(scheme: str, dim: int, step: int, tokens: int) -> str:
 @triton.constexpr_function
 def load_values(scheme: str, dim: int, step: int, tokens: int) -> str:
     return _Blocks().load_values(scheme, dim, step, tokens)
+
+
+@triton.constexpr_function
+def zero_after_copies() -> str:
+    return _Blocks().zero_after_copies()
 
 
 @triton.constexpr_function

@@ -81,7 +81,7 @@ def test_residuals_meet_all_digits_of_fp16(head_dim: int, seed: int) -> None:
 
 
 FAULTS = {
-    "a step is read before its copies are there": ("cp.async.wait_group 3", "cp.async.wait_group 4"),
+    "a step is read before its copies are there": ("cp.async.wait_group 1", "cp.async.wait_group 2"),
     "warps do not meet": ("bar.sync ", "// bar.sync "),
     "weights are not transposed": ("movmatrix.sync.aligned.m8n8.trans.b16", "mov.b32"),
     "a table's levels are permuted": ("0x77777777", "0x67777777"),
