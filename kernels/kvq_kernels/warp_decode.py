@@ -54,7 +54,7 @@ def _schemes(layout: PageLayout) -> tuple[str, str]:
 def _shape(key: str, value: str, head_dim: int) -> tuple[int, int]:
     """Tokens that a warp has on their way, and registers of a lane, so that nothing is spilled."""
     tile = 64 if ptx.tile_bytes(key, value, head_dim, 64) <= _TILE_BYTES else 32
-    small = head_dim == 64 or (key in ptx.NIBBLE_KEYS and value in ("lm2", "int4"))
+    small = head_dim == 64 or (key in ptx.NIBBLE_KEYS and value in ("lm2", "lm4", "int4"))
     return tile, 128 if small else 168
 
 
@@ -209,7 +209,12 @@ def _value_unit(scheme: str) -> float:
     """What the sums' operands are counted in, value scales apart."""
     if scheme in ptx.PLAIN:
         return 1.0
-    units = {"fp8": 256.0, "e4m3": 1.0, "lm2": ptx.LM2_UNIT / ptx.HALF_UNIT}
+    units = {
+        "fp8": 256.0,
+        "e4m3": 1.0,
+        "lm2": ptx.LM2_UNIT / ptx.HALF_UNIT,
+        "lm4": ptx.LM4_UNIT / 2 / ptx.HALF_UNIT,
+    }
     return units.get(scheme, 1.0 / ptx.HALF_UNIT)
 
 
@@ -425,8 +430,9 @@ def _warp_decode_kernel(
     targets, parts_at = _targets(lane, ring, KEY, VALUE, D, T), _parts(lane, ring, KEY, VALUE, D, T)
     last = first + count
     if TEAM > 1:
-        last = first + count * (member + 1) // TEAM
-        first += count * member // TEAM
+        share = tl.maximum(tl.cdiv(count, TEAM), min_tiles)
+        first += member * share
+        last = tl.minimum(first + share, last)
     table = tables + request * table_stride
     block = pages + head.to(tl.int64) * BLOCK_BYTES
     here = block + tl.load(table + tl.minimum(first, end - 1) * T // P).to(tl.int64) * page_stride
@@ -441,13 +447,9 @@ def _warp_decode_kernel(
         _copy(lane, sources, targets, first < last, i, AT_ONCE, KEY, VALUE, D, T)
 
     zero = tl.inline_asm_elementwise(
-        ptx.zero_after_copies(),
-        "=&r,r,r",
-        [thread, start_of_rings + WARPS * RING + thread * 4],
-        tl.int32,
-        False,
-        1,
-    )
+        ptx.zero_after_copies(), "=&r,r,r", [thread, start_of_rings + WARPS * RING + thread * 4],
+        tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
     QUERY: tl.constexpr = ptx.query_registers(KEY, D)[0]
     prepared = tl.inline_asm_elementwise(
         ptx.prepare_query(KEY, D, ROTATED, DTYPE), ptx.constraints("r" * (QUERY + 6), "r" * (D // 8 + 3)),
@@ -499,20 +501,9 @@ def _warp_decode_kernel(
                 a0, a1 = cap(a0 * unit0, scale, softcap, CAP), cap(a1 * unit1, scale, softcap, CAP)
                 b0, b1 = cap(b0 * unit0, scale, softcap, CAP), cap(b1 * unit1, scale, softcap, CAP)
             masked = _mask(
-                lane * 0 + inside,
-                tile * T + 16 * i,
-                lane * 0 + low,
-                lane * 0 + high,
-                2 * g,
-                4 * t,
-                a0,
-                a1,
-                b0,
-                b1,
-                loaded,
-                VALUE,
-                D,
-            )
+                lane * 0 + inside, tile * T + 16 * i, lane * 0 + low, lane * 0 + high, 2 * g, 4 * t,
+                a0, a1, b0, b1, loaded, VALUE, D,
+            )  # fmt: skip
             a0, a1, b0, b1, loaded = masked[0], masked[1], masked[2], masked[3], masked[4:]
             scale_a, bias_a = _value_scale(loaded, one, 0, VALUE, D)
             scale_b, bias_b = _value_scale(loaded, one, 1, VALUE, D)
@@ -605,6 +596,8 @@ class Plan(NamedTuple):
     """Warps of a team."""
     warps: int
     """Of a program: of one team, or of several."""
+    least: int
+    """Tokens of a warp, where the sequence has as many."""
 
 
 def plan(
@@ -620,8 +613,8 @@ def plan(
     ring = ptx.ring_bytes(key, value, layout.key_dim, tile, 2) + 128
     room, sequences = min(_warps(registers), shared // ring // 4 * 4), requests * layout.num_kv_heads
     few = sequences * longest <= multiprocessors * _SCHEDULERS * _FEW_TOKENS
-    most_parts = longest // (_FEW_TOKENS if few else _MIN_TOKENS)
-    wanted = splits or max(1, min(room * multiprocessors // sequences, most_parts, 128))
+    least = _FEW_TOKENS if few or splits else _MIN_TOKENS
+    wanted = splits or max(1, min(room * multiprocessors // sequences, longest // least, 128))
     full = sequences * wanted > (1 - _MOST_IDLE) * room * multiprocessors
     most = room & -room if full else _SCHEDULERS
     team = min(most, 1 << wanted.bit_length() - 1)
@@ -630,7 +623,7 @@ def plan(
         while wanted % team > wanted // 8:
             team //= 2
         parts = wanted // team
-    return Plan(parts, team, most if full and team > 1 else team)
+    return Plan(parts, team, most if full and team > 1 else team, least)
 
 
 def merges(out: Tensor, parts: int) -> bool:
@@ -669,13 +662,14 @@ def launch(
     if has_e4m3(query.device):
         key, value = ("e4m3" if scheme == "fp8" else scheme for scheme in (key, value))
     tile, registers = _shape(key, value, head_dim)
-    parts, team, warps = plan
+    parts, team, warps, least = plan
     programs = triton.cdiv(requests * heads, warps // team)
     _warp_decode_kernel[(programs, parts)](
         query, pages, block_tables, context_lens, partial, stats, out, stats if sinks is None else sinks,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         pages.stride(0), block_tables.stride(0), scale, softcap, window,
-        requests * heads, parts, partial.shape[2], query_heads // heads, max(1, _FEW_TOKENS // tile), *ptx.POWERS,
+        requests * heads, parts, partial.shape[2], query_heads // heads, max(1, least // tile),
+        *ptx.POWERS,
         MERGE=merge, LEAVE=leave, EARLY=early and not merge, HAS_SINKS=sinks is not None,
         VALUE_ROTATED=layout.value.rotated, KEY=key, VALUE=value, ROTATED=layout.key.rotated,
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,

@@ -19,7 +19,6 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -34,7 +33,7 @@ PLAIN = ("bf16", "fp16")
 FP8 = ("fp8", "e4m3")
 """The same bytes: as sm_80 unpacks them, and by the conversion of sm_89 and newer."""
 KEYS = (*NIBBLE_KEYS, "int8", *FP8, *PLAIN)
-VALUES = ("lm2", "int4", "int8", *FP8, *PLAIN)
+VALUES = ("lm2", "lm4", "int4", "int8", *FP8, *PLAIN)
 BIASED = ("int4", "int8")
 
 # --- levels as integers -------------------------------------------------------------------------------------
@@ -84,7 +83,7 @@ def key_words(scheme: str, dim: int) -> int:
 @triton.constexpr_function
 def value_words(scheme: str, dim: int) -> int:
     """Registers of one token's value that a lane reads: an eighth (for lm2 at 64 dims half a word)."""
-    bits = {"lm2": 2, "int4": 4, "int8": 8, "fp8": 8, "e4m3": 8}.get(scheme, 16)
+    bits = {"lm2": 2, "lm4": 4, "int4": 4, "int8": 8, "fp8": 8, "e4m3": 8}.get(scheme, 16)
     return max(1, dim * bits // 256)
 
 
@@ -337,6 +336,17 @@ class _Code:
             pairs.append(self.do("lop3.b32", x, "0x80008000", shifted, "0xea"))  # (x & signs) | shifted
         return pairs
 
+    def magnitudes(self, word: str) -> list[str]:
+        """Eight codes of 4-bit levels, of which the lower eight are negative -> twice their magnitudes in
+        units of LM4_UNIT, as bytes: of the first four codes and of the others."""
+        upper = self.do("and.b32", word, "0x88888888")
+        sevens = self.do("sub.s32", upper, self.do("shr.u32", upper, "3"))  # where the highest bit is set
+        index = self.do(
+            "lop3.b32", word, sevens, "0x77777777", "0x82"
+        )  # not (word ^ sevens), three bits of it
+        table = self.table(round(2 * level / LM4_UNIT) for level in LEVELS[4][8:])
+        return [self.do("prmt.b32", *table, x) for x in (index, self.do("shr.u32", index, "16"))]
+
     def value_operands(
         self, scheme: str, dim: int, a: Sequence[str], b: Sequence[str], powers: Sequence[str]
     ) -> list[str]:
@@ -352,6 +362,21 @@ class _Code:
                 shifted = [zipped, by1, by2, by3, by4, by5, by6, by7]
                 for word in reversed(shifted):
                     pairs.append(self.do("lop3.b32", word, "0x80808080", "0x00370037", "0xea"))
+            return pairs
+        if scheme == "lm4":
+            for x, y in zip(a, b, strict=True):
+                magnitudes = [self.magnitudes(word) for word in (x, y)]
+                for half, selector in enumerate(("0x5410", "0x7632")):
+                    zipped = self.do("prmt.b32", x, y, selector)
+                    by8 = self.do("mul.lo.u32", self.do("mul.lo.u32", zipped, powers[3]), powers[0])
+                    by12, by4 = (self.do("mul.lo.u32", word, powers[2]) for word in (by8, zipped))
+                    both = [m[half] for m in magnitudes]
+                    bytes_ = [self.do("prmt.b32", *both, s) for s in ("0x5140", "0x7362")]  # a0 b0 a1 b1
+                    for i, sign in enumerate((by12, by8, by4, zipped)):
+                        pair = self.do("prmt.b32", bytes_[i // 2], "0", ("0x4140", "0x4342")[i % 2])
+                        pairs.append(
+                            self.do("lop3.b32", sign, "0x80008000", pair, "0xae")
+                        )  # (~x & signs) | pair
             return pairs
         if scheme == "int4":
             for x, y in zip(a, b, strict=True):
@@ -514,8 +539,8 @@ class _Blocks:
 
     @staticmethod
     def zero_after_copies() -> str:
-        """0, which is not known before the copies have started. Inputs: a number, and the shared address where
-        it has been stored.
+        """0, which is not known before the copies have started. Inputs: a number, and the shared address
+        where it has been stored.
 
         ptxas sees nobody wait for copies, and would prepare the query first: whoever needs this zero is
         later.
@@ -553,7 +578,8 @@ class _Blocks:
         """Words of head g -> the registers of `query_registers`, and of heads 2t, 2t + 1: unit, Σ high, Σ q.
 
         unit · (128 high + low) is q (for fp8 keys unit · fp16); Σ q is in units of `unit`. Inputs: the words,
-        t, 8t, and `zero_after_copies`. NaN and infinity make unit NaN. Unquantized keys meet the query as it is.
+        t, 8t, and `zero_after_copies`. NaN and infinity make unit NaN. Unquantized keys meet the query as it
+        is.
         """
         code, count = _Code(), dim // 4
         registers, _ = query_registers(scheme, dim)
@@ -792,8 +818,8 @@ class _Blocks:
         """Where a step has tokens that are not seen: their scores become -inf, their values zero.
 
         Inputs: a number below zero where the tile has any, the same for all lanes; the step's first token;
-        the bounds of those that are seen; 2g and 4t; scores a0, a1, b0, b1, and what `load_values` gave. Outputs: the same scores and
-        values. Rows that hold no token may hold anything, and 0 · NaN is NaN.
+        the bounds of those that are seen; 2g and 4t; scores a0, a1, b0, b1, and what `load_values` gave.
+        Outputs: the same scores and values. Rows that hold no token may hold anything, and 0 · NaN is NaN.
         """
         code, words, numbers = _Code(), value_words(scheme, dim), value_numbers(scheme)
         count = 4 + 4 * words + numbers

@@ -35,6 +35,7 @@ AXES = {
     "codecs": (
         "none:none", "int8:int8", "int4:int4", "fp8:fp8", "turbo:lm2", "lm4:lm2", "turbo:int8", "int8:lm2",
         "lm4:int4", "int4:fp8", "fp8:none", "none:lm2",
+        "lm4:lm4", "int8:lm4",
     ),
     "head_dim": (64, 128),
     "group": (1, 3, 4, 8),
