@@ -1,4 +1,4 @@
-"""PTX of the decode kernel of one warp a program (`warp_decode.py`); strings, built by scheme.
+"""PTX of what a warp does in the decode kernel (`warp_decode.py`); strings, built by scheme.
 
 A lane has g = lane / 4 and t = lane % 4. Tensor cores take tokens as rows and query heads as columns:
 
@@ -8,8 +8,8 @@ A lane has g = lane / 4 and t = lane % 4. Tensor cores take tokens as rows and q
 - Values, `mma.m16n8k16` on fp16: rows are dims, of which lane g brings D/8; columns are the heads; the sum
   runs over 16 tokens, of which lane t brings four. `movmatrix` turns weights from the first form into this.
 
-T tokens of a page are a tile, copied to shared memory as it is, but for the order of 16-byte pieces: no two
-lanes of a load meet in a bank. Step i takes 16 of its tokens: lane g scores tokens a = 16i + 2g and
+T tokens of a page are a tile, copied to shared memory line by line, but for the order of 16-byte pieces in a
+line of 128: no two lanes of a load meet in a bank. Step i takes 16 of its tokens: lane g scores tokens a = 16i + 2g and
 b = a + 1, lane t weighs tokens 16i + 4t … 16i + 4t + 3.
 
 Queries become 15-bit integers, q = unit · (128 · high + low), so that byte products are as exact as bf16's.

@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from kvq_core.codecs import get_codec
 from kvq_core.policies import CODEC_NAMES
 from kvq_kernels import paged_decode, quantize_store, reference, warp_decode
+from kvq_kernels import warp_ptx as ptx
 from kvq_kernels.layout import PageLayout
 from tests.kernels import compiling, machine
 from tests.kernels.compiling import pretend, recording
@@ -41,6 +42,7 @@ AXES = {
     "group": (1, 3, 4, 8),
     "feature": tuple(FEATURES),
     "splits": (1, 2, 3, 4, 8, 13),
+    "processors": (1, 132),
     "dtype": (torch.bfloat16, torch.float16),
 }  # fmt: skip
 
@@ -59,13 +61,44 @@ def problem_of(axes: dict, contexts: tuple[int, ...]) -> Problem:
 
 
 @pytest.mark.parametrize("axes", pairwise(AXES), ids=name)
-def test_decode(axes: dict) -> None:
-    problem = problem_of(axes, contexts=(1, 0, 63, 330))
+def test_decode(axes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one multiprocessor, a program has several teams, and more than there are sequences for."""
+    monkeypatch.setattr(paged_decode, "_multiprocessors", lambda device: axes["processors"])
+    problem = problem_of(axes, contexts=(1, 0, 63, 330, 129))
     with recording(paged_decode, warp_decode, run=True) as launches:
         out = decode(problem, paged_decode.paged_decode, splits=axes["splits"])
     assert launches[0].name == "_warp_decode_kernel"
     assert launches[0].counts["conflicts"] == 0, "lanes met in a bank"
     check(out, problem)
+
+
+@pytest.mark.parametrize(
+    ("codecs", "requests", "kv_heads", "longest", "expected"),
+    [
+        ("turbo:lm2", 64, 4, 16384, (1, 8, 16)),
+        ("turbo:lm2", 64, 8, 4096, (1, 4, 16)),
+        ("turbo:lm2", 8, 4, 65536, (4, 16, 16)),
+        ("turbo:lm2", 64, 4, 512, (1, 4, 4)),
+        ("turbo:lm2", 1, 4, 128, (1, 2, 2)),
+        ("turbo:lm2", 256, 32, 4096, (1, 1, 1)),
+        ("none:none", 64, 4, 4096, (3, 2, 4)),
+        ("none:none", 64, 8, 4096, (3, 1, 1)),
+        ("int4:int4", 1, 1, 64, (1, 1, 1)),
+        ("int8:int8", 10_000, 8, 1024, (1, 1, 1)),
+    ],
+)
+def test_plan(
+    codecs: str, requests: int, kv_heads: int, longest: int, expected: tuple[int, int, int]
+) -> None:
+    """On an H200: parts, team, warps. No program asks for more memory than there is, here or on an A100."""
+    key, value = (get_codec(name) for name in codecs.split(":"))
+    layout = PageLayout(key, value, 64, kv_heads, 128, 128, torch.bfloat16)
+    assert warp_decode.plan(requests, layout, longest, 132, 227 << 10, None)[:3] == expected
+    for memory in (227 << 10, 163 << 10, 99 << 10):
+        plan = warp_decode.plan(requests, layout, longest, 108, memory, None)
+        tile, _ = warp_decode._shape(*warp_decode._schemes(layout), 128)
+        ring = ptx.ring_bytes(*warp_decode._schemes(layout), 128, tile, plan.team)
+        assert plan.warps * (ring + 128) <= memory and plan.warps % plan.team == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
