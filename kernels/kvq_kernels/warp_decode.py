@@ -54,7 +54,7 @@ def _schemes(layout: PageLayout) -> tuple[str, str]:
 def _shape(key: str, value: str, head_dim: int) -> tuple[int, int]:
     """Tokens that a warp has on their way, and registers of a lane, so that nothing is spilled."""
     tile = 64 if ptx.tile_bytes(key, value, head_dim, 64) <= _TILE_BYTES else 32
-    small = head_dim == 64 or (key in ptx.NIBBLE_KEYS and value in ("lm2", "lm4", "int4"))
+    small = head_dim == 64 or (key in ptx.NIBBLE_KEYS and value in ("lm2", "lm3", "lm4", "int4"))
     return tile, 128 if small else 168
 
 
@@ -72,21 +72,25 @@ def _half(pair, i: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(address, metadata, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
+def _load_keys(
+    address, high, metadata, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr, T: tl.constexpr
+):
     """Step i of a tile, see `ptx.load_keys`."""
     COUNT: tl.constexpr = 2 * ptx.key_words(SCHEME, D) + ptx.key_numbers(SCHEME)
     return tl.inline_asm_elementwise(
-        ptx.load_keys(SCHEME, D, i, T), ptx.constraints("r" * COUNT, "rr"), [address, metadata],
+        ptx.load_keys(SCHEME, D, i, T), ptx.constraints("r" * COUNT, "rrr"), [address, high, metadata],
         dtype=ptx.types(COUNT, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
-def _load_values(address, metadata, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
+def _load_values(
+    address, high, metadata, i: tl.constexpr, SCHEME: tl.constexpr, D: tl.constexpr, T: tl.constexpr
+):
     """Step i of a tile, see `ptx.load_values`."""
     COUNT: tl.constexpr = 4 * ptx.value_words(SCHEME, D) + ptx.value_numbers(SCHEME)
     return tl.inline_asm_elementwise(
-        ptx.load_values(SCHEME, D, i, T), ptx.constraints("r" * COUNT, "rr"), [address, metadata],
+        ptx.load_values(SCHEME, D, i, T), ptx.constraints("r" * COUNT, "rrr"), [address, high, metadata],
         dtype=ptx.types(COUNT, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -135,17 +139,21 @@ def _copy(
 
 @triton.jit
 def _parts(lane, ring, KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
-    """Where in the ring the lane finds its parts of a tile: of keys, values, keys' numbers and values'."""
+    """Where in the ring the lane finds its parts of a tile: of keys, values, keys' numbers and values', and
+    the high bits of lm3's keys and values."""
     g, t = lane // 4, lane % 4
     K: tl.constexpr = ptx.key_bytes(KEY, D)
     V: tl.constexpr = ptx.value_bytes(VALUE, D)
-    PART: tl.constexpr = 8 if K == 32 else 16
-    VALUE_PART: tl.constexpr = 16 if V == 256 else V // 8
+    PART: tl.constexpr = 8 if K == 32 or KEY == "lm3" else 16
+    VALUE_PART: tl.constexpr = 16 if V == 256 else 4 if VALUE == "lm3" else V // 8
+    keys, values = ring + g * (2 * K), ring + T * K + t * (4 * V)
     return (
         ring + _swizzled(g * (2 * K) + t * PART, ptx.key_swizzle(KEY, D)),
         ring + T * K + _swizzled(t * (4 * V) + g * VALUE_PART, ptx.value_swizzle(VALUE, D)),
         ring + T * (K + V) + g * 4,
         ring + T * (K + V + 2 * ptx.key_numbers(KEY)) + g * 4,
+        keys + D // 4 + t * 4,
+        values + D // 4 + g * 2,
     )
 
 
@@ -187,6 +195,8 @@ def _scores(loaded, query, constants, start0, start1, all0, all1, SCHEME: tl.con
             a0, a1 = a0 + r[4] * residual_a, a1 + r[5] * residual_a
             b0, b1 = b0 + r[6] * residual_b, b1 + r[7] * residual_b
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
+        elif SCHEME == "lm3":
+            a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
         elif SCHEME == "lm4":
             half0, half1 = all0 * 0.5, all1 * 0.5
             a0, a1 = (a0 + half0) * factor_a, (a1 + half1) * factor_a
@@ -200,7 +210,7 @@ def _scores(loaded, query, constants, start0, start1, all0, all1, SCHEME: tl.con
 
 @triton.constexpr_function
 def _key_unit(scheme: str) -> float:
-    units = {"lm4": ptx.LM4_UNIT, "fp8": 256.0} | dict.fromkeys(ptx.TURBO, ptx.TURBO_UNIT)
+    units = {"lm4": ptx.LM4_UNIT, "fp8": 256.0} | dict.fromkeys((*ptx.TURBO, "lm3"), ptx.TURBO_UNIT)
     return units.get(scheme, 1.0)
 
 
@@ -213,6 +223,7 @@ def _value_unit(scheme: str) -> float:
         "fp8": 256.0,
         "e4m3": 1.0,
         "lm2": ptx.LM2_UNIT / ptx.HALF_UNIT,
+        "lm3": ptx.TURBO_UNIT / ptx.HALF_UNIT,
         "lm4": ptx.LM4_UNIT / 2 / ptx.HALF_UNIT,
     }
     return units.get(scheme, 1.0 / ptx.HALF_UNIT)
@@ -490,9 +501,9 @@ def _warp_decode_kernel(
         for i in tl.static_range(STEPS):
             if i % AT_ONCE == 0:
                 tl.inline_asm_elementwise(ptx.wait(STEPS // AT_ONCE - 1), "=r,r", [lane], tl.int32, False, 1)
-            keys = _load_keys(parts_at[0], parts_at[2], i, KEY, D, T)
+            keys = _load_keys(parts_at[0], parts_at[4], parts_at[2], i, KEY, D, T)
             a0, a1, b0, b1 = _scores(keys, q, held + powers, start0, start1, all0, all1, KEY, D)
-            loaded = _load_values(parts_at[1], parts_at[3], i, VALUE, D, T)
+            loaded = _load_values(parts_at[1], parts_at[5], parts_at[3], i, VALUE, D, T)
             # what is read is filled again at once: the next tile has all of this one's time
             if i % AT_ONCE == AT_ONCE - 1:
                 tl.inline_asm_elementwise(ptx.all_read(), "=r,r", [lane], tl.int32, False, 1)
@@ -574,7 +585,7 @@ def fits(query: Tensor, layout: PageLayout) -> bool:
         and layout.key.scheme in (*ptx.KEYS, "none")
         and layout.value.scheme in (*ptx.VALUES, "none")
         and layout.key_dim == layout.value_dim
-        and layout.key_dim in (64, 128)
+        and layout.key_dim in ((128,) if "lm3" in (layout.key.scheme, layout.value.scheme) else (64, 128))
         and query.shape[1] <= _GROUP * layout.num_kv_heads
         and layout.page_size % 64 == 0
         and query.stride(0) % 8 == query.stride(1) % 8 == query.data_ptr() % 16 == 0

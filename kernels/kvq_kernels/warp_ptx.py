@@ -9,8 +9,8 @@ A lane has g = lane / 4 and t = lane % 4. Tensor cores take tokens as rows and q
   runs over 16 tokens, of which lane t brings four. `movmatrix` turns weights from the first form into this.
 
 T tokens of a page are a tile, copied to shared memory line by line, but for the order of 16-byte pieces in a
-line of 128: no two lanes of a load meet in a bank. Step i takes 16 of its tokens: lane g scores tokens a = 16i + 2g and
-b = a + 1, lane t weighs tokens 16i + 4t … 16i + 4t + 3.
+line of 128: no two lanes of a load meet in a bank (but of lm3's). Step i takes 16 of its tokens: lane g scores
+tokens a = 16i + 2g and b = a + 1, lane t weighs tokens 16i + 4t … 16i + 4t + 3.
 
 Queries become 15-bit integers, q = unit · (128 · high + low), so that byte products are as exact as bf16's.
 """
@@ -27,13 +27,13 @@ from kvq_kernels.codebook import LEVELS
 
 TURBO = ("turbo", "turbo-whole")
 """The same bytes: residual signs meet the query's high bytes, or both, as fp16 has digits for."""
-NIBBLE_KEYS = (*TURBO, "lm4", "int4")
+NIBBLE_KEYS = (*TURBO, "lm4", "lm3", "int4")
 PLAIN = ("bf16", "fp16")
 """Not quantized: the model's dtype."""
 FP8 = ("fp8", "e4m3")
 """The same bytes: as sm_80 unpacks them, and by the conversion of sm_89 and newer."""
 KEYS = (*NIBBLE_KEYS, "int8", *FP8, *PLAIN)
-VALUES = ("lm2", "lm4", "int4", "int8", *FP8, *PLAIN)
+VALUES = ("lm2", "lm3", "lm4", "int4", "int8", *FP8, *PLAIN)
 BIASED = ("int4", "int8")
 
 # --- levels as integers -------------------------------------------------------------------------------------
@@ -74,15 +74,20 @@ AS_BITS_ZERO = 0x4B400000
 
 @triton.constexpr_function
 def key_words(scheme: str, dim: int) -> int:
-    """32-bit words of one token's key that a lane reads: a quarter."""
+    """Registers of one token's key that a lane reads: a quarter; of lm3 two words and their high bits."""
     if scheme in PLAIN:
         return dim // 8
+    if scheme == "lm3":
+        return 3
     return dim // 32 if scheme in NIBBLE_KEYS else dim // 16
 
 
 @triton.constexpr_function
 def value_words(scheme: str, dim: int) -> int:
-    """Registers of one token's value that a lane reads: an eighth (for lm2 at 64 dims half a word)."""
+    """Registers of one token's value that a lane reads: an eighth (for lm2 at 64 dims half a word); of lm3 a
+    word and its high bits."""
+    if scheme == "lm3":
+        return 2
     bits = {"lm2": 2, "lm4": 4, "int4": 4, "int8": 8, "fp8": 8, "e4m3": 8}.get(scheme, 16)
     return max(1, dim * bits // 256)
 
@@ -90,12 +95,14 @@ def value_words(scheme: str, dim: int) -> int:
 @triton.constexpr_function
 def key_bytes(scheme: str, dim: int) -> int:
     """Of one token's codes."""
-    return key_words(scheme, dim) * 16
+    return dim * 3 // 8 if scheme == "lm3" else key_words(scheme, dim) * 16
 
 
 @triton.constexpr_function
 def value_bytes(scheme: str, dim: int) -> int:
     """Of one token's codes."""
+    if scheme == "lm3":
+        return dim * 3 // 8
     return 16 if scheme == "lm2" and dim == 64 else value_words(scheme, dim) * 32
 
 
@@ -104,8 +111,11 @@ def key_swizzle(scheme: str, dim: int) -> tuple[int, int, int]:
     """(shift, mask, to): where in shared memory byte o of a tile's keys lies, see `swizzled`.
 
     Eight lanes that load 16 bytes each at a time (16 that load 8) must meet no bank twice: they bring two
-    (four) values of g, 2 tokens apart, and all four t, 16 (8) bytes apart.
+    (four) values of g, 2 tokens apart, and all four t, 16 (8) bytes apart. Rows of lm3 lie as they are: two
+    lanes meet in some.
     """
+    if scheme == "lm3":
+        return 0, 0, 0
     size = key_bytes(scheme, dim)
     return (size.bit_length(), 1, 6) if size > 32 else (size.bit_length() + 1, 1, 5)
 
@@ -113,6 +123,8 @@ def key_swizzle(scheme: str, dim: int) -> tuple[int, int, int]:
 @triton.constexpr_function
 def value_swizzle(scheme: str, dim: int) -> tuple[int, int, int]:
     """The same of values: two, four or eight values of g, adjacent, and all four t, 4 tokens apart."""
+    if scheme == "lm3":
+        return 0, 0, 0
     return value_bytes(scheme, dim).bit_length() + 1, 3, 5
 
 
@@ -145,7 +157,7 @@ def value_numbers(scheme: str) -> int:
 @triton.constexpr_function
 def tables_held(scheme: str) -> int:
     """Registers of look-up tables and the like, see `held_constants`."""
-    return {"turbo": 1, "turbo-whole": 2, "lm4": 2}.get(scheme, 0)
+    return {"turbo": 1, "turbo-whole": 2, "lm4": 2, "lm3": 1}.get(scheme, 0)
 
 
 @triton.constexpr_function
@@ -247,6 +259,8 @@ class _Code:
         As all is exclusive or, the place of a sum is that of one part, moved by that of the other.
         """
         shift, mask, to = swizzle
+        if not mask:
+            return f"{address}+{offset}"
         offset ^= (offset >> shift & mask) << to
         low = offset & 0x60
         if low:
@@ -312,6 +326,13 @@ class _Code:
                 for word in words
             ]
         result = []
+        if scheme == "lm3":
+            for i, word in enumerate(words[:2]):
+                for index in self.nibbles_of_lm3(word, words[2], i):
+                    table = held[0], self.table(TURBO_LEVELS)[1]
+                    upper = self.do("shr.u32", index, "16")
+                    result.append((self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)))
+            return result
         for word in words:
             if scheme in TURBO:
                 looked_up = [(TURBO_LEVELS, self.do("and.b32", word, "0x77777777"))]
@@ -336,6 +357,23 @@ class _Code:
             pairs.append(self.do("lop3.b32", x, "0x80008000", shifted, "0xea"))  # (x & signs) | shifted
         return pairs
 
+    def nibbles_of_lm3(self, word: str, highs: str, half: int) -> list[str]:
+        """16 codes: their low two bits, and their high bits in a half of `highs` -> those of even dims and
+        those of odd ones, a nibble each."""
+        if half:
+            spread = self.do("shr.u32", highs, "16")
+        else:
+            spread = self.do("and.b32", highs, "0xffff")
+        for distance, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)):
+            shifted = self.do("shl.b32", spread, str(distance))
+            spread = self.do("lop3.b32", spread, shifted, f"0x{mask:08x}", "0xa8")  # (x | y) & mask
+        nibbles = []
+        for parity in range(2):
+            low = self.do("and.b32", self.do("shr.u32", word, "2") if parity else word, "0x33333333")
+            high = self.do("shl.b32", spread, str(2 - parity))
+            nibbles.append(self.do("lop3.b32", high, "0x44444444", low, "0xea"))  # (x & mask) | y
+        return nibbles
+
     def magnitudes(self, word: str) -> list[str]:
         """Eight codes of 4-bit levels, of which the lower eight are negative -> twice their magnitudes in
         units of LM4_UNIT, as bytes: of the first four codes and of the others."""
@@ -346,6 +384,24 @@ class _Code:
         )  # not (word ^ sevens), three bits of it
         table = self.table(round(2 * level / LM4_UNIT) for level in LEVELS[4][8:])
         return [self.do("prmt.b32", *table, x) for x in (index, self.do("shr.u32", index, "16"))]
+
+    def signed_pairs(
+        self, x: str, y: str, magnitudes: Iterable[Sequence[str]], powers: Sequence[str], sign_bit: int
+    ) -> list[str]:
+        """Eight codes of a and of b, and of four at a time their magnitudes as bytes -> eight pairs (a, b) of
+        fp16 numbers, negative where a code's sign bit is 0."""
+        pairs = []
+        for selector, both in zip(("0x5410", "0x7632"), magnitudes, strict=True):
+            zipped = self.do("prmt.b32", x, y, selector)
+            if sign_bit == 2:
+                zipped = self.do("mul.lo.u32", zipped, powers[0])
+            by8 = self.do("mul.lo.u32", self.do("mul.lo.u32", zipped, powers[3]), powers[0])
+            by12, by4 = (self.do("mul.lo.u32", word, powers[2]) for word in (by8, zipped))
+            bytes_ = [self.do("prmt.b32", *both, s) for s in ("0x5140", "0x7362")]  # a0 b0 a1 b1
+            for i, sign in enumerate((by12, by8, by4, zipped)):
+                pair = self.do("prmt.b32", bytes_[i // 2], "0", ("0x4140", "0x4342")[i % 2])
+                pairs.append(self.do("lop3.b32", sign, "0x80008000", pair, "0xae"))  # (~x & signs) | pair
+        return pairs
 
     def value_operands(
         self, scheme: str, dim: int, a: Sequence[str], b: Sequence[str], powers: Sequence[str]
@@ -363,20 +419,20 @@ class _Code:
                 for word in reversed(shifted):
                     pairs.append(self.do("lop3.b32", word, "0x80808080", "0x00370037", "0xea"))
             return pairs
+        if scheme == "lm3":
+            table = self.table(round(abs(level) / TURBO_UNIT) for level in LEVELS[3])
+            of_parity = []
+            for x, y in zip(self.nibbles_of_lm3(*a, 0), self.nibbles_of_lm3(*b, 0), strict=True):
+                looked_up = []
+                for shift in (0, 16):
+                    index = [self.do("shr.u32", z, str(shift)) if shift else z for z in (x, y)]
+                    looked_up.append([self.do("prmt.b32", *table, z) for z in index])
+                of_parity.append(self.signed_pairs(x, y, looked_up, powers, 2))
+            return [pair for both in zip(*of_parity, strict=True) for pair in both]
         if scheme == "lm4":
             for x, y in zip(a, b, strict=True):
-                magnitudes = [self.magnitudes(word) for word in (x, y)]
-                for half, selector in enumerate(("0x5410", "0x7632")):
-                    zipped = self.do("prmt.b32", x, y, selector)
-                    by8 = self.do("mul.lo.u32", self.do("mul.lo.u32", zipped, powers[3]), powers[0])
-                    by12, by4 = (self.do("mul.lo.u32", word, powers[2]) for word in (by8, zipped))
-                    both = [m[half] for m in magnitudes]
-                    bytes_ = [self.do("prmt.b32", *both, s) for s in ("0x5140", "0x7362")]  # a0 b0 a1 b1
-                    for i, sign in enumerate((by12, by8, by4, zipped)):
-                        pair = self.do("prmt.b32", bytes_[i // 2], "0", ("0x4140", "0x4342")[i % 2])
-                        pairs.append(
-                            self.do("lop3.b32", sign, "0x80008000", pair, "0xae")
-                        )  # (~x & signs) | pair
+                looked_up = zip(self.magnitudes(x), self.magnitudes(y), strict=True)
+                pairs += self.signed_pairs(x, y, looked_up, powers, 3)
             return pairs
         if scheme == "int4":
             for x, y in zip(a, b, strict=True):
@@ -477,8 +533,8 @@ class _Blocks:
 
         for step in range(first, first + steps):
             for source, target, size, swizzle in zip(sources, targets, sizes, swizzles, strict=False):
-                predicate = some(min(size, 32))
                 for at in range(16 * step * size, 16 * (step + 1) * size, 512):
+                    predicate = some(min(32, (16 * (step + 1) * size - at) // 16))
                     copy(predicate, code.place(target, at, swizzle), source, at - middle(size, tokens))
             if numbers:
                 copy(some(2 * numbers), f"{targets[2]}+{32 * step}", sources[2], 32 * step)
@@ -505,12 +561,18 @@ class _Blocks:
     def load_keys(scheme: str, dim: int, step: int, tokens: int) -> str:
         """Outputs: words of tokens a and b of a step, and a register of each metadata, tokens a and b.
 
-        Inputs: shared addresses of the tile's keys and of their metadata, at the lane's part.
+        Inputs: shared addresses of the tile's keys, of their high bits, and of their metadata, at the lane's
+        part.
         """
         code, words, numbers = _Code(), key_words(scheme, dim), key_numbers(scheme)
         outputs = code.operands(0, 2 * words + numbers)
-        keys, metadata = code.operands(2 * words + numbers, 2)
+        keys, high, metadata = code.operands(2 * words + numbers, 3)
         for token in range(2):
+            if scheme == "lm3":
+                offset = (16 * step + token) * key_bytes(scheme, dim)
+                code.load_shared(outputs[3 * token : 3 * token + 2], f"{keys}+{offset}")
+                code.load_shared(outputs[3 * token + 2 : 3 * token + 3], f"{high}+{offset}")
+                continue
             for word in range(0, words, 4):
                 to = outputs[token * words + word : token * words + min(word + 4, words)]
                 offset = (16 * step + token) * key_bytes(scheme, dim) + word * 16
@@ -523,10 +585,16 @@ class _Blocks:
         """The same for values: words of the four tokens the lane weighs in a step, metadata of a and b."""
         code, words, numbers = _Code(), value_words(scheme, dim), value_numbers(scheme)
         outputs = code.operands(0, 4 * words + numbers)
-        values, metadata = code.operands(4 * words + numbers, 2)
+        values, high, metadata = code.operands(4 * words + numbers, 3)
         row, swizzle = value_bytes(scheme, dim), value_swizzle(scheme, dim)
         for i, token in enumerate((0, 2, 1, 3)):
             to, offset = outputs[i * words : (i + 1) * words], (16 * step + token) * row
+            if scheme == "lm3":
+                half = code.new("h")
+                code.load_shared(to[:1], f"{values}+{offset}")
+                code.add(f"ld.shared.b16 {half}, [{high}+{offset}]")
+                code.add(f"mov.b32 {to[1]}, {{{half}, {half}}}")
+                continue
             if row == 16:
                 half = code.new("h")
                 code.add(f"ld.shared.b16 {half}, [{code.place(values, offset, swizzle)}]")
@@ -645,6 +713,10 @@ class _Blocks:
             ]
             if scheme == "int4":
                 packed = even_odd
+            if scheme == "lm3":  # of 16 dims the even ones, then the odd ones
+                packed = [
+                    [part[i + j] for i in range(0, len(part), 4) for j in (0, 2, 1, 3)] for part in even_odd
+                ]
             registers_ = packed[0] + packed[1]
             if scheme == "turbo":
                 registers_ += even_odd[0][0::2] + even_odd[0][1::2]

@@ -19,6 +19,7 @@ FULL = {"window": 100, "softcap": 5.0, "sinks": True, "sink": 4, "recent": 20}
 CASES = {
     "turbo-D128": (Case("turbo", "lm2", key_dim=128, value_dim=128), (75, 80, 86, 89, 90)),
     "lm4-D128": (Case("lm4", "lm2", key_dim=128, value_dim=128), (90,)),
+    "lm4s-D128": (Case("lm4", "lm4", key_dim=128, value_dim=128), (80, 90)),
     "lm3-D128": (Case("lm3", "lm3", key_dim=128, value_dim=128), (86, 90)),
     "int-D128": (Case("int8", "int4", key_dim=128, value_dim=128), (75, 80, 86, 89, 90)),
     "none-D128": (Case("none", "none", key_dim=128, value_dim=128, **FULL), (75, 90)),
@@ -38,7 +39,10 @@ CASES |= BIASED
 SPECIALIZED_CASES = (
     "turbo-D128", "lm4-D128", "lm3-D128", "int-D128", "fp8-D64", "turbo-raw-D64", "mixed-D64",
 )  # fmt: skip
-WARP_CASES = ("turbo-D128", "lm4-D128", "int-D128", "none-D128", "fp8-D64", "turbo-raw-D64", "mixed-D64")
+WARP_CASES = (
+    "turbo-D128", "lm4-D128", "lm4s-D128", "lm3-D128", "int-D128", "none-D128", "fp8-D64", "turbo-raw-D64",
+    "mixed-D64",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
