@@ -9,8 +9,8 @@ A lane has g = lane / 4 and t = lane % 4. Tensor cores take tokens as rows and q
   runs over 16 tokens, of which lane t brings four. `movmatrix` turns weights from the first form into this.
 
 T tokens of a page are a tile, copied to shared memory line by line, but for the order of 16-byte pieces in a
-line of 128: no two lanes of a load meet in a bank (but of lm3's). Step i takes 16 of its tokens: lane g scores
-tokens a = 16i + 2g and b = a + 1, lane t weighs tokens 16i + 4t … 16i + 4t + 3.
+line of 128: no two lanes of a load meet in a bank (but of lm3's). Step i takes 16 of its tokens: lane g
+scores tokens a = 16i + 2g and b = a + 1, lane t weighs tokens 16i + 4t … 16i + 4t + 3.
 
 Queries become 15-bit integers, q = unit · (128 · high + low), so that byte products are as exact as bf16's.
 """
@@ -360,10 +360,7 @@ class _Code:
     def nibbles_of_lm3(self, word: str, highs: str, half: int) -> list[str]:
         """16 codes: their low two bits, and their high bits in a half of `highs` -> those of even dims and
         those of odd ones, a nibble each."""
-        if half:
-            spread = self.do("shr.u32", highs, "16")
-        else:
-            spread = self.do("and.b32", highs, "0xffff")
+        spread = self.do("shr.u32", highs, "16") if half else self.do("and.b32", highs, "0xffff")
         for distance, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)):
             shifted = self.do("shl.b32", spread, str(distance))
             spread = self.do("lop3.b32", spread, shifted, f"0x{mask:08x}", "0xa8")  # (x | y) & mask
@@ -422,17 +419,15 @@ class _Code:
         if scheme == "lm3":
             table = self.table(round(abs(level) / TURBO_UNIT) for level in LEVELS[3])
             of_parity = []
-            for x, y in zip(self.nibbles_of_lm3(*a, 0), self.nibbles_of_lm3(*b, 0), strict=True):
-                looked_up = []
-                for shift in (0, 16):
-                    index = [self.do("shr.u32", z, str(shift)) if shift else z for z in (x, y)]
-                    looked_up.append([self.do("prmt.b32", *table, z) for z in index])
+            for x, y in zip(*(self.nibbles_of_lm3(low, high, 0) for low, high in (a, b)), strict=True):
+                upper = [self.do("shr.u32", z, "16") for z in (x, y)]
+                looked_up = [[self.do("prmt.b32", *table, z) for z in half] for half in ((x, y), upper)]
                 of_parity.append(self.signed_pairs(x, y, looked_up, powers, 2))
             return [pair for both in zip(*of_parity, strict=True) for pair in both]
         if scheme == "lm4":
             for x, y in zip(a, b, strict=True):
-                looked_up = zip(self.magnitudes(x), self.magnitudes(y), strict=True)
-                pairs += self.signed_pairs(x, y, looked_up, powers, 3)
+                both = zip(self.magnitudes(x), self.magnitudes(y), strict=True)
+                pairs += self.signed_pairs(x, y, both, powers, 3)
             return pairs
         if scheme == "int4":
             for x, y in zip(a, b, strict=True):

@@ -37,7 +37,7 @@ CASES = {
 BIASED = {"biased-D128": (Case("turbo", "lm2", key_dim=128, value_dim=128), (75, 80, 90))}
 CASES |= BIASED
 SPECIALIZED_CASES = (
-    "turbo-D128", "lm4-D128", "lm3-D128", "int-D128", "fp8-D64", "turbo-raw-D64", "mixed-D64",
+    "turbo-D128", "lm4-D128", "lm4s-D128", "lm3-D128", "int-D128", "fp8-D64", "turbo-raw-D64", "mixed-D64",
 )  # fmt: skip
 WARP_CASES = (
     "turbo-D128", "lm4-D128", "lm4s-D128", "lm3-D128", "int-D128", "none-D128", "fp8-D64", "turbo-raw-D64",
