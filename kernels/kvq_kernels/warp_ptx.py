@@ -420,8 +420,8 @@ class _Code:
             table = self.table(round(abs(level) / TURBO_UNIT) for level in LEVELS[3])
             of_parity = []
             for x, y in zip(*(self.nibbles_of_lm3(low, high, 0) for low, high in (a, b)), strict=True):
-                upper = [self.do("shr.u32", z, "16") for z in (x, y)]
-                looked_up = [[self.do("prmt.b32", *table, z) for z in half] for half in ((x, y), upper)]
+                others = [self.do("shr.u32", z, "16") for z in (x, y)]
+                looked_up = [[self.do("prmt.b32", *table, z) for z in half] for half in ((x, y), others)]
                 of_parity.append(self.signed_pairs(x, y, looked_up, powers, 2))
             return [pair for both in zip(*of_parity, strict=True) for pair in both]
         if scheme == "lm4":
