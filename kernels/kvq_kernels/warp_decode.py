@@ -51,6 +51,7 @@ def _schemes(layout: PageLayout) -> tuple[str, str]:
     return key, value
 
 
+@lru_cache(maxsize=64)
 def _shape(key: str, value: str, head_dim: int) -> tuple[int, int]:
     """Tokens that a warp has on their way, and registers of a lane, so that nothing is spilled."""
     tile = 64 if ptx.tile_bytes(key, value, head_dim, 64) <= _TILE_BYTES else 32
@@ -611,6 +612,7 @@ class Plan(NamedTuple):
     """Tokens of a warp, where the sequence has as many."""
 
 
+@lru_cache(maxsize=4096)
 def plan(
     requests: int, layout: PageLayout, longest: int, multiprocessors: int, shared: int, splits: int | None
 ) -> Plan:
