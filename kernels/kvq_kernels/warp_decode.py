@@ -360,7 +360,7 @@ def _store_part(
 
 
 @gluon.jit(
-    do_not_specialize=["table_stride", "window", "sequences", "splits", "group", "min_tiles"]
+    do_not_specialize=["table_stride", "window", "sequences", "splits", "parts", "group", "min_tiles"]
     + ["by1", "by2", "by4", "by7"]
 )
 def _warp_decode_kernel(
@@ -372,14 +372,13 @@ def _warp_decode_kernel(
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HEADS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
-    PIECES: tl.constexpr,
-    WARPS: tl.constexpr, TEAM: tl.constexpr, FINGERPRINT: tl.constexpr,
+    PIECES: tl.constexpr, WARPS: tl.constexpr, TEAM: tl.constexpr, FINGERPRINT: tl.constexpr,
 ):  # fmt: skip
     """Teams of TEAM warps, each for one of `splits` parts of one request's sequence and one kv head.
 
-    MERGE: there are no other parts. LEAVE: rows of context 0 are somebody else's. EARLY:
-    whoever merges is launched meanwhile, and waits. Scalars that follow from `warp` differ between warps: no
-    operation here is the program's as a whole.
+    MERGE: there are no other parts. LEAVE: rows of context 0 are somebody else's. EARLY: whoever merges is
+    launched meanwhile, and waits. Scalars that follow from `warp` differ between warps: no operation here is
+    the program's as a whole.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -417,10 +416,10 @@ def _warp_decode_kernel(
     out += request * out_stride + head * group * out_head_stride
     if (count <= 0) | (not there):
         if not MERGE:
-            nothing = stats + ((row + g) * parts + part) * 2
+            place = stats + ((row + g) * parts + part) * 2
             kept = (g < group) & (t == 0) & there & (member == 0)
-            tl.store(nothing, lane * 0.0 - float("inf"), mask=kept)
-            tl.store(nothing + 1, lane * 0.0, mask=kept)
+            tl.store(place, lane * 0.0 - float("inf"), mask=kept)
+            tl.store(place + 1, lane * 0.0, mask=kept)
         elif not LEAVE:
             zeros = (lane * 0).to(out.dtype.element_ty)
             for i in tl.static_range(D // 4):
