@@ -329,9 +329,7 @@ class _Code:
         if scheme == "lm3":
             for i, word in enumerate(words[:2]):
                 for index in self.nibbles_of_lm3(word, words[2], i):
-                    table = held[0], self.table(TURBO_LEVELS)[1]
-                    upper = self.do("shr.u32", index, "16")
-                    result.append((self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)))
+                    result.append(self.look_up((held[0], self.table(TURBO_LEVELS)[1]), index))
             return result
         for word in words:
             if scheme in TURBO:
@@ -339,9 +337,7 @@ class _Code:
             else:
                 looked_up = [(LM4_LEVELS[:8], word), (LM4_LEVELS[8:], self.do("xor.b32", word, "0x88888888"))]
             for first, (levels, index) in zip(held, looked_up, strict=False):
-                table = first, self.table(levels)[1]
-                upper = self.do("shr.u32", index, "16")
-                result.append((self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)))
+                result.append(self.look_up((first, self.table(levels)[1]), index))
         return result
 
     def e4m3_pairs(self, scheme: str, word: str) -> list[str]:
@@ -371,16 +367,18 @@ class _Code:
             nibbles.append(self.do("lop3.b32", high, "0x44444444", low, "0xea"))  # (x & mask) | y
         return nibbles
 
-    def magnitudes(self, word: str) -> list[str]:
+    def look_up(self, table: Sequence[str], index: str) -> tuple[str, str]:
+        """What the lower four nibbles of `index` select from eight bytes, and what the upper four do."""
+        upper = self.do("shr.u32", index, "16")
+        return self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)
+
+    def magnitudes(self, word: str) -> tuple[str, str]:
         """Eight codes of 4-bit levels, of which the lower eight are negative -> twice their magnitudes in
         units of LM4_UNIT, as bytes: of the first four codes and of the others."""
         upper = self.do("and.b32", word, "0x88888888")
         sevens = self.do("sub.s32", upper, self.do("shr.u32", upper, "3"))  # where the highest bit is set
-        index = self.do(
-            "lop3.b32", word, sevens, "0x77777777", "0x82"
-        )  # not (word ^ sevens), three bits of it
-        table = self.table(round(2 * level / LM4_UNIT) for level in LEVELS[4][8:])
-        return [self.do("prmt.b32", *table, x) for x in (index, self.do("shr.u32", index, "16"))]
+        index = self.do("lop3.b32", word, sevens, "0x77777777", "0x82")  # ~(word ^ sevens) & mask
+        return self.look_up(self.table(round(2 * level / LM4_UNIT) for level in LEVELS[4][8:]), index)
 
     def signed_pairs(
         self, x: str, y: str, magnitudes: Iterable[Sequence[str]], powers: Sequence[str], sign_bit: int
@@ -420,10 +418,9 @@ class _Code:
             table = self.table(round(abs(level) / TURBO_UNIT) for level in LEVELS[3])
             of_parity = []
             for x, y in zip(*(self.nibbles_of_lm3(low, high, 0) for low, high in (a, b)), strict=True):
-                others = [self.do("shr.u32", z, "16") for z in (x, y)]
-                looked_up = [[self.do("prmt.b32", *table, z) for z in half] for half in ((x, y), others)]
-                of_parity.append(self.signed_pairs(x, y, looked_up, powers, 2))
-            return [pair for both in zip(*of_parity, strict=True) for pair in both]
+                both = zip(self.look_up(table, x), self.look_up(table, y), strict=True)
+                of_parity.append(self.signed_pairs(x, y, both, powers, 2))
+            return [pair for two in zip(*of_parity, strict=True) for pair in two]
         if scheme == "lm4":
             for x, y in zip(a, b, strict=True):
                 both = zip(self.magnitudes(x), self.magnitudes(y), strict=True)
