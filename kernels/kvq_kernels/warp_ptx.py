@@ -157,7 +157,13 @@ def value_numbers(scheme: str) -> int:
 @triton.constexpr_function
 def tables_held(scheme: str) -> int:
     """Registers of look-up tables and the like, see `held_constants`."""
-    return {"turbo": 1, "turbo-whole": 2, "lm4": 2, "lm3": 1}.get(scheme, 0)
+    return {"turbo": 1, "turbo-whole": 2, "lm4": 3, "lm3": 1}.get(scheme, 0)
+
+
+@triton.constexpr_function
+def key_tables(scheme: str) -> list[tuple[int, ...]]:
+    """Levels as `_Blocks.key_operands` looks them up, eight at a time."""
+    return [LM4_LEVELS[:8], LM4_LEVELS[:7:-1]] if scheme == "lm4" else [TURBO_LEVELS]
 
 
 @triton.constexpr_function
@@ -312,8 +318,8 @@ class _Code:
         `held_constants`.
 
         For lm4 the two add up to the level in units, less one half. Where a selector's highest bit is set,
-        `prmt` gives the sign of the byte: a look-up of the levels above zero gives 0 in place of the others,
-        and one of those below, with that bit flipped, gives -1.
+        `prmt` gives the sign of the byte: a look-up of the levels below zero gives -1 in place of the others,
+        and one of those above, with all bits flipped and so in descending order, gives 0.
         """
         if scheme == "int8":
             return [(words[i], words[i + 1]) for i in range(0, len(words), 2)]
@@ -333,10 +339,10 @@ class _Code:
             return result
         for word in words:
             if scheme in TURBO:
-                looked_up = [(TURBO_LEVELS, self.do("and.b32", word, "0x77777777"))]
+                indices = [self.do("and.b32", word, "0x77777777")]
             else:
-                looked_up = [(LM4_LEVELS[:8], word), (LM4_LEVELS[8:], self.do("xor.b32", word, "0x88888888"))]
-            for first, (levels, index) in zip(held, looked_up, strict=False):
+                indices = [word, self.do("mad.lo.s32", word, held[2], held[2])]  # -word - 1
+            for first, levels, index in zip(held, key_tables(scheme), indices, strict=False):
                 result.append(self.look_up((first, self.table(levels)[1]), index))
         return result
 
@@ -1032,18 +1038,16 @@ class _Blocks:
 
     @staticmethod
     def held_constants(scheme: str) -> str:
-        """Lower halves of look-up tables, which `prmt` takes from a register alone, and for turbo-whole four
-        ones; the input is unused.
+        """Lower halves of look-up tables, which `prmt` takes from a register alone; then four ones for
+        turbo-whole, -1 for lm4. The input is unused.
 
         ptxas must not know them for constants, or it moves them anew each time: 1, the number of lanes that
         equal this one, is added on the way.
         """
         code = _Code()
         one = code.do("popc.b32", code.do("mov.u32", "%lanemask_eq"))
-        tables = [LM4_LEVELS[:8], LM4_LEVELS[8:]] if scheme == "lm4" else [TURBO_LEVELS]
-        numbers = [int(code.table(table)[0], 16) for table in tables]
-        if scheme == "turbo-whole":
-            numbers.append(0x01010101)
+        numbers = [int(code.table(levels)[0], 16) for levels in key_tables(scheme)]
+        numbers += {"turbo-whole": [0x01010101], "lm4": [-1]}.get(scheme, [])
         for i, number in enumerate(numbers):
             code.add(f"add.s32 ${i}, {one}, {number - 1}")
         return code.text()
