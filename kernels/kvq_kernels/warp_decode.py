@@ -28,9 +28,9 @@ from kvq_kernels.quantize_store import has_e4m3
 
 _GROUP = 8
 """Query heads of a kv head that the matrix units take at once."""
-_MIN_TOKENS, _FEW_TOKENS = 128, 64
-"""Of a warp at least, and where every warp has a scheduler of its own: below that, preparing the query and
-merging cost more than the tokens."""
+_MIN_TOKENS, _FEW_TOKENS = 128, 32
+"""Of a warp at least where there is work for all, as preparing the query and merging cost as much; and where
+schedulers would have nothing to do."""
 _TILE_BYTES = 8192
 """Of a tile of 64 tokens at most; where they take more, it has 32. A longer ring takes longer to fill."""
 _PIECES = 2
@@ -53,15 +53,16 @@ def _schemes(layout: PageLayout) -> tuple[str, str]:
 
 @lru_cache(maxsize=64)
 def _shape(key: str, value: str, head_dim: int) -> tuple[int, int]:
-    """Tokens that a warp has on their way, and registers of a lane, so that nothing is spilled."""
+    """Tokens that a warp has on their way, and warps of a multiprocessor: what takes long to unpack needs
+    many, of long rows few have enough on their way."""
     tile = 64 if ptx.tile_bytes(key, value, head_dim, 64) <= _TILE_BYTES else 32
     small = head_dim == 64 or (key in ptx.NIBBLE_KEYS and value in ("lm2", "lm3", "lm4", "int4"))
-    return tile, 128 if small else 168
+    return tile, 16 if small else 8
 
 
-def _warps(registers: int) -> int:
-    """Of a multiprocessor with 65,536 registers: they come by fours, one for each of its schedulers."""
-    return 65_536 // 32 // registers // 4 * 4
+def _registers(warps: int) -> int:
+    """Of a lane, where a multiprocessor with 65,536 has so many warps."""
+    return min(65_536 // 32 // warps, 255)
 
 
 @triton.jit
@@ -177,7 +178,7 @@ def _scores(loaded, query, constants, start0, start1, all0, all1, SCHEME: tl.con
     else:
         TURBO: tl.constexpr = SCHEME == "turbo" or SCHEME == "turbo-whole"
         COUNT: tl.constexpr = 8 if TURBO else 4
-        EXTRA: tl.constexpr = len(constants) + (2 if TURBO else 0)
+        EXTRA: tl.constexpr = len(constants) + (2 if TURBO or SCHEME == "lm4" else 0)
         r = tl.inline_asm_elementwise(
             ptx.scores(SCHEME, D),
             ptx.constraints("r" * COUNT, "r" * (2 * WORDS + QUERY + EXTRA)),
@@ -196,12 +197,8 @@ def _scores(loaded, query, constants, start0, start1, all0, all1, SCHEME: tl.con
             a0, a1 = a0 + r[4] * residual_a, a1 + r[5] * residual_a
             b0, b1 = b0 + r[6] * residual_b, b1 + r[7] * residual_b
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
-        elif SCHEME == "lm3":
+        elif SCHEME == "lm3" or SCHEME == "lm4":
             a0, a1, b0, b1 = a0 * factor_a, a1 * factor_a, b0 * factor_b, b1 * factor_b
-        elif SCHEME == "lm4":
-            half0, half1 = all0 * 0.5, all1 * 0.5
-            a0, a1 = (a0 + half0) * factor_a, (a1 + half1) * factor_a
-            b0, b1 = (b0 + half0) * factor_b, (b1 + half1) * factor_b
         else:
             bias_a, bias_b = _half(loaded[2 * WORDS + 1], 0), _half(loaded[2 * WORDS + 1], 1)
             a0, a1 = a0 * factor_a + all0 * bias_a, a1 * factor_a + all1 * bias_a
@@ -472,6 +469,8 @@ def _warp_decode_kernel(
     start0, start1 = ptx.AS_BITS_ZERO - prepared[QUERY + 2] * 64, ptx.AS_BITS_ZERO - prepared[QUERY + 3] * 64
     if KEY == "turbo-whole":
         start0, start1 = ptx.AS_BITS_ZERO + prepared[QUERY + 4], ptx.AS_BITS_ZERO + prepared[QUERY + 5]
+    if KEY == "lm4":  # what its levels lack, to one part in some millions of the sum
+        start0, start1 = prepared[QUERY + 4] >> 1, prepared[QUERY + 5] >> 1
     all0, all1 = prepared[QUERY + 4].to(tl.float32), prepared[QUERY + 5].to(tl.float32)
     power0, power1 = unit0 * (scale * LOG2E), unit1 * (scale * LOG2E)
     if CAP:
@@ -609,6 +608,8 @@ class Plan(NamedTuple):
     """Of a program: of one team, or of several."""
     least: int
     """Tokens of a warp, where the sequence has as many."""
+    tile: int
+    """Tokens that a warp has on their way."""
 
 
 @lru_cache(maxsize=4096)
@@ -621,21 +622,30 @@ def plan(
     that a program may have.
     """
     key, value = _schemes(layout)
-    tile, registers = _shape(key, value, layout.key_dim)
+    tile, warps = _shape(key, value, layout.key_dim)
     ring = ptx.ring_bytes(key, value, layout.key_dim, tile, 2) + 128
-    room, sequences = min(_warps(registers), shared // ring // 4 * 4), requests * layout.num_kv_heads
-    few = sequences * longest <= multiprocessors * _SCHEDULERS * _FEW_TOKENS
-    least = _FEW_TOKENS if few or splits else _MIN_TOKENS
+    room = min(warps, _power_of_two(shared // ring))
+    sequences = requests * layout.num_kv_heads
+    least = _FEW_TOKENS
+    while least < _MIN_TOKENS and sequences * longest > multiprocessors * _SCHEDULERS * least:
+        least *= 2
+    if splits:
+        least = tile
     wanted = splits or max(1, min(room * multiprocessors // sequences, longest // least, 128))
     full = sequences * wanted > (1 - _MOST_IDLE) * room * multiprocessors
-    most = room & -room if full else _SCHEDULERS
-    team = min(most, 1 << wanted.bit_length() - 1)
+    most = room if full else _SCHEDULERS
+    team = min(most, _power_of_two(wanted))
     parts = 1
     if team < (1 - _MOST_IDLE) * wanted:
         while wanted % team > wanted // 8:
             team //= 2
         parts = wanted // team
-    return Plan(parts, team, most if full and team > 1 else team, least)
+    return Plan(parts, team, most if full and team > 1 else team, least, min(tile, least))
+
+
+def _power_of_two(n: int) -> int:
+    """The largest up to n."""
+    return 1 << n.bit_length() - 1
 
 
 def merges(out: Tensor, parts: int) -> bool:
@@ -673,8 +683,8 @@ def launch(
         key = "turbo-whole"
     if has_e4m3(query.device):
         key, value = ("e4m3" if scheme == "fp8" else scheme for scheme in (key, value))
-    tile, registers = _shape(key, value, head_dim)
-    parts, team, warps, least = plan
+    parts, team, warps, least, tile = plan
+    registers = _registers(_shape(key, value, head_dim)[1])
     programs = triton.cdiv(requests * heads, warps // team)
     _warp_decode_kernel[(programs, parts)](
         query, pages, block_tables, context_lens, partial, stats, out, stats if sinks is None else sinks,

@@ -278,25 +278,51 @@ class _Code:
         self.add(f"setp.ne.s32 {predicate}, {operand}, 0")
         return predicate
 
-    def butterflies(self, x: list[str], lane: str, lane_bits: Iterable[int]) -> list[str]:
-        """The Walsh-Hadamard transform over lanes that differ in some bits, of len(x) numbers each, not
-        normalised."""
-        step = 1
-        while step < len(x):
+    def butterflies(self, x: list[str], bits: Iterable[int]) -> list[str]:
+        """The Walsh-Hadamard transform over numbers whose indices differ in one of `bits`, not normalised."""
+        for bit in bits:
             for i in range(len(x)):
-                if not i & step:
-                    a, b = x[i], x[i + step]
+                if not i & bit:
+                    a, b = x[i], x[i + bit]
                     x[i] = self.do("add.f32", a, b, kind="f")
-                    x[i + step] = self.do("sub.f32", a, b, kind="f")
-            step *= 2
-        for lane_bit in lane_bits:
-            sign, bit, predicate = self.new("f"), self.do("and.b32", lane, str(lane_bit)), self.new("p")
-            self.add(f"setp.eq.s32 {predicate}, {bit}, 0")
+                    x[i + bit] = self.do("sub.f32", a, b, kind="f")
+        return x
+
+    def butterflies_of_lanes(self, x: list[str], lane: str, bits: Iterable[int]) -> list[str]:
+        """The same over lanes."""
+        for bit in bits:
+            sign, predicate = self.new("f"), self.new("p")
+            self.add(f"setp.eq.s32 {predicate}, {self.do('and.b32', lane, str(bit))}, 0")
             self.add(f"selp.f32 {sign}, {self.float(1.0)}, {self.float(-1.0)}, {predicate}")
             for i, own in enumerate(x):
-                other = self.do("shfl.sync.bfly.b32", own, str(lane_bit), "0x1f", "0xffffffff", kind="f")
+                other = self.do("shfl.sync.bfly.b32", own, str(bit), "0x1f", "0xffffffff", kind="f")
                 x[i] = self.do("fma.rn.f32", own, sign, other, kind="f")
         return x
+
+    def rotate_query(self, words: Sequence[str], t: str, dtype: str, zero: str) -> list[str]:
+        """The Walsh-Hadamard transform of a head's quarters in four lanes, pairs of `dtype` in words ->
+        float32 numbers in the same order, not normalised.
+
+        A product of matrices transforms over t and over the bits 1 and 4 of a number's index in the lane: its
+        rows are the heads, twice, for bit 2, its columns 2t and 2t + 1 what lane t shall have, without and
+        with bit 1. It takes 8 numbers of a lane, twice, for bit 4. Additions transform over the other bits.
+        """
+        one = {"bf16": 0x3F803F80, "fp16": 0x3C003C00}[dtype]
+        lane = self.do("mov.u32", "%laneid")
+        common = self.do("popc.b32", self.do("and.b32", self.do("shr.u32", lane, "3"), t))
+        negative = self.do("and.b32", self.do("mul.lo.u32", common, "0x80008000"), "0x80008000")
+        odd = self.do("and.b32", self.do("shl.b32", lane, "29"), "0x80000000")
+        plus = self.do("xor.b32", self.do("lop3.b32", negative, odd, zero, "0x96"), f"0x{one:08x}")
+        minus = self.do("xor.b32", plus, "0x80008000")
+        nothing = self.do("mov.f32", self.float(0.0), kind="f")
+        kind = "f16" if dtype == "fp16" else dtype
+        x: list[str] = []
+        for i in range(0, len(words), 4):
+            for second in (plus, minus):
+                sums = [self.new("f") for _ in range(4)]
+                self.mma(f"f32.{kind}.{kind}.f32", sums, words[i : i + 4], (plus, second), [nothing] * 4)
+                x += sums
+        return self.butterflies(x, (2, *(8 << i for i in range(len(x).bit_length() - 4))))
 
     def reduce(self, instruction: str, x: str, lanes: Iterable[int], kind: str) -> str:
         for lane in lanes:
@@ -337,13 +363,15 @@ class _Code:
                 for index in self.nibbles_of_lm3(word, words[2], i):
                     result.append(self.look_up((held[0], self.table(TURBO_LEVELS)[1]), index))
             return result
+        tables = [(first, self.table(x)[1]) for first, x in zip(held, key_tables(scheme), strict=False)]
         for word in words:
             if scheme in TURBO:
-                indices = [self.do("and.b32", word, "0x77777777")]
-            else:
-                indices = [word, self.do("mad.lo.s32", word, held[2], held[2])]  # -word - 1
-            for first, levels, index in zip(held, key_tables(scheme), indices, strict=False):
-                result.append(self.look_up((first, self.table(levels)[1]), index))
+                word = self.do("and.b32", word, "0x77777777")
+            upper = self.do("shr.u32", word, "16")
+            result.append(self.look_up(tables[0], word, upper))
+            if scheme == "lm4":  # ~x is -x - 1
+                flipped = (self.do("mad.lo.s32", x, held[2], held[2]) for x in (word, upper))
+                result.append(self.look_up(tables[1], *flipped))
         return result
 
     def e4m3_pairs(self, scheme: str, word: str) -> list[str]:
@@ -373,9 +401,10 @@ class _Code:
             nibbles.append(self.do("lop3.b32", high, "0x44444444", low, "0xea"))  # (x & mask) | y
         return nibbles
 
-    def look_up(self, table: Sequence[str], index: str) -> tuple[str, str]:
-        """What the lower four nibbles of `index` select from eight bytes, and what the upper four do."""
-        upper = self.do("shr.u32", index, "16")
+    def look_up(self, table: Sequence[str], index: str, upper: str = "") -> tuple[str, str]:
+        """What the lower four nibbles of `index` select from eight bytes, and what the upper four do, which
+        may come as the lower ones of `upper`."""
+        upper = upper or self.do("shr.u32", index, "16")
         return self.do("prmt.b32", *table, index), self.do("prmt.b32", *table, upper)
 
     def magnitudes(self, word: str) -> tuple[str, str]:
@@ -656,8 +685,8 @@ class _Blocks:
             for output, value in zip(outputs, (*words, *("0x3f800000",) * 2, *("0",) * 4), strict=True):
                 code.add(f"mov.b32 {output}, {value}")
             return code.text()
-        x: list[str] = []
-        for word in words:
+        x = code.rotate_query(words, t, dtype, zero) if rotated else []
+        for word in () if rotated else words:
             if dtype == "bf16":
                 x += [
                     code.do("prmt.b32", word, zero, selector, kind="f") for selector in ("0x1044", "0x3244")
@@ -666,8 +695,6 @@ class _Blocks:
                 low, high = code.new("h"), code.new("h")
                 code.add(f"mov.b32 {{{low}, {high}}}, {code.do('xor.b32', word, zero)}")
                 x += [code.do("cvt.f32.f16", half, kind="f") for half in (low, high)]
-        if rotated:
-            x = code.butterflies(x, t, (1, 2))
         largest = code.do("abs.f32", x[0], kind="f")
         for value in x[1:]:
             largest = code.do("max.NaN.f32", largest, code.do("abs.f32", value, kind="f"), kind="f")
@@ -737,8 +764,8 @@ class _Blocks:
         the residual), or half as much where that is 64 Σ high·sign. For fp8 and unquantized keys floats.
 
         Inputs: words of tokens a and b, the query's registers, those of `held_constants`, `POWERS`, and for
-        turbo AS_BITS_ZERO + Σ q of both heads, or AS_BITS_ZERO - 64 Σ high. (No powers for fp8 and
-        unquantized keys.)
+        turbo AS_BITS_ZERO + Σ q of both heads, or AS_BITS_ZERO - 64 Σ high, for lm4 half of Σ q. (No powers
+        for fp8 and unquantized keys.)
         """
         code, words = _Code(), key_words(scheme, dim)
         registers, high = query_registers(scheme, dim)
@@ -765,6 +792,8 @@ class _Blocks:
         coded = [code.key_operands(scheme, w, held) for w in (a, b)]
         kinds = "s32.s8.s8.s32" if held else "s32.u8.s8.s32"
         highs, lows = ([code.do("mov.b32", "0") for _ in range(4)] for _ in range(2))
+        if scheme == "lm4":
+            lows = [code.do("mov.b32", starts[i % 2]) for i in range(4)]
         for i, (row_a, row_b) in enumerate(zip(*coded, strict=True)):
             operand = [row_a[0], row_b[0], row_a[1], row_b[1]]
             at = i * high // len(coded[0]) // 2 * 2
@@ -1005,7 +1034,10 @@ class _Blocks:
             for head in chosen:
                 values = of_heads[head]
                 if rotated:
-                    values = code.butterflies(list(values), lane, (4, 8, 16))
+                    values = code.butterflies(
+                        list(values), (1 << i for i in range(len(values).bit_length() - 1))
+                    )
+                    values = code.butterflies_of_lanes(values, lane, (4, 8, 16))
                 pairs = [
                     code.do(f"cvt.rn.{'bf' if dtype == 'bf16' else 'f'}16x2.f32", values[i + 1], values[i])
                     for i in range(0, len(values), 2)

@@ -41,7 +41,7 @@ AXES = {
     "head_dim": (64, 128),
     "group": (1, 3, 4, 8),
     "feature": tuple(FEATURES),
-    "splits": (1, 2, 3, 4, 8, 13),
+    "splits": (None, 1, 2, 3, 4, 8, 13),
     "processors": (1, 132),
     "dtype": (torch.bfloat16, torch.float16),
 }  # fmt: skip
@@ -81,11 +81,12 @@ def test_decode(axes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
         ("turbo:lm2", 64, 8, 4096, (1, 4, 16)),
         ("turbo:lm2", 8, 4, 65536, (4, 16, 16)),
         ("turbo:lm2", 64, 4, 512, (1, 4, 4)),
-        ("turbo:lm2", 1, 4, 128, (1, 2, 2)),
+        ("turbo:lm2", 1, 4, 128, (1, 4, 4)),
+        ("turbo:lm2", 8, 32, 128, (1, 2, 2)),
         ("turbo:lm2", 256, 32, 4096, (1, 1, 1)),
-        ("none:none", 64, 4, 4096, (3, 2, 4)),
-        ("none:none", 64, 8, 4096, (3, 1, 1)),
-        ("int4:int4", 1, 1, 64, (1, 1, 1)),
+        ("none:none", 64, 4, 4096, (1, 4, 8)),
+        ("none:none", 64, 8, 4096, (1, 2, 8)),
+        ("int4:int4", 1, 1, 64, (1, 2, 2)),
         ("int8:int8", 10_000, 8, 1024, (1, 1, 1)),
     ],
 )
@@ -98,8 +99,7 @@ def test_plan(
     assert warp_decode.plan(requests, layout, longest, 132, 227 << 10, None)[:3] == expected
     for memory in (227 << 10, 163 << 10, 99 << 10):
         plan = warp_decode.plan(requests, layout, longest, 108, memory, None)
-        tile, _ = warp_decode._shape(*warp_decode._schemes(layout), 128)
-        ring = ptx.ring_bytes(*warp_decode._schemes(layout), 128, tile, plan.team)
+        ring = ptx.ring_bytes(*warp_decode._schemes(layout), 128, plan.tile, plan.team)
         assert plan.warps * (ring + 128) <= memory and plan.warps % plan.team == 0
 
 
