@@ -71,15 +71,14 @@ def _words(width: int):
     """Words [64, width] in registers: eight lanes have pieces of the same columns of eight rows.
 
     Their 16-byte stores of what the words become then meet every bank of shared memory once, in rows that
-    its swizzling tells apart; and so do their loads, see `_code_rows`.
+    its swizzling tells apart; and so do their loads, see `_code_rows`. A lane has half of one row, so that
+    what is made of a row's metadata is made by two lanes only.
     """
     piece = _piece(width)
     columns = [[0, x] for x in _powers(piece, width)]
-    rows = [[8, 0], [16, 0], [32, 0]]
-    lanes = [[1, 0], [2, 0], [4, 0], *(columns + rows)[:2]]
-    rows = [x for x in rows if x not in lanes]
-    registers = [[0, x] for x in _powers(1, piece)] + columns[2:] + rows[2:]
-    return gl.DistributedLinearLayout(registers, lanes, rows[:2], [], [64, width])
+    lanes = [[1, 0], [2, 0], [4, 0], columns[0], [8, 0]]
+    registers = [[0, x] for x in _powers(1, piece)] + columns[1:]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, width])
 
 
 @gluon.constexpr_function
