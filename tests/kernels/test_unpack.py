@@ -31,7 +31,9 @@ def operands(scheme: str, meta: torch.Tensor) -> list[np.ndarray]:
         return made + [pair(-first * second)] * (scheme == "turbo")
     if scheme == "lm2":
         small, large = LEVELS[2][2:]
-        return [pair(first * (large - small)), pair(first * small)]
+        if unpack.LM2_BY_MASKS:
+            return [pair(first * small), pair(first * small) ^ pair(first * large)]
+        return [pair(first * small), pair(first * (large - small))]
     if scheme in ("fp8", "e4m3"):
         return [pair(first * 256 if scheme == "fp8" else first)]
     return [pair(first), pair(second)]
