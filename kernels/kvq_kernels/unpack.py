@@ -54,6 +54,8 @@ _NOT_AND = ~0xF0 & 0xCC
 _SIGNS = 0x80008000
 _GATHER = (0x0020, 0x0031)
 """Bytes of a word whose nibbles are elements 0, 1, 4, 5 and 2, 3, 6, 7."""
+_INTERLEAVE = (0x6240, 0x7351)
+"""Bytes 0 and 2, or 1 and 3, of two words in turn."""
 
 
 def _half(x: float) -> int:
@@ -89,21 +91,26 @@ _TABLES = dict.fromkeys([*WORD_ELEMENTS, "e4m3"], "") | {
 }  # fmt: skip
 
 
-def _look_up(tables: int) -> list[str]:
+def _look_up(tables: int, signed: str = "") -> list[str]:
     """p0 … p3 = what the nibbles of i, each below 8, have in the tables from operand `tables` on.
 
-    These are elements (0, 4), (1, 5), (2, 6), (3, 7), four in a look-up of their lower and upper bytes.
+    These are elements (0, 4), (1, 5), (2, 6), (3, 7), four in a look-up of their lower and upper bytes. The
+    high bits of the nibbles of `signed` change signs: here they lie as the upper bytes do.
     """
     lower, upper = (f"${tables + k}, ${tables + k + 1}" for k in (0, 2))
-    lines = []
+    lines = [f"shl.b32 u, {signed}, 4"] if signed else []
     for k, gather in enumerate(_GATHER):
         lines += [
             f"prmt.b32 s, i, i, {gather}",
             f"prmt.b32 l, {lower}, s",
             f"prmt.b32 h, {upper}, s",
-            f"prmt.b32 p{2 * k}, l, h, 0x6240",
-            f"prmt.b32 p{2 * k + 1}, l, h, 0x7351",
         ]
+        if signed:
+            lines += [
+                f"prmt.b32 t, u, {signed}, {_INTERLEAVE[k]}",
+                f"lop3.b32 h, t, 0x80808080, h, {_AND_XOR}",
+            ]
+        lines += [f"prmt.b32 p{2 * k + j}, l, h, {_INTERLEAVE[j]}" for j in range(2)]
     return lines
 
 
@@ -121,16 +128,14 @@ def _turbo() -> str:
 
 def _lm4() -> str:
     """$4 codes, $5 … tables of -n · level -> n · level: codes below 8 are mirrored, the high bit signs."""
-    lines = [
+    return _asm(
         f"lop3.b32 t, $4, 0x88888888, 0, {_NOT_AND}",
         "shr.u32 u, t, 3",
         "sub.u32 t, t, u",
         f"lop3.b32 i, $4, t, 0x77777777, {_XOR_AND}",
-        *_look_up(5),
-    ]
-    for j in range(4):
-        lines += [f"shl.b32 t, $4, {12 - 4 * j}", f"lop3.b32 ${j}, t, {_SIGNS}, p{j}, {_AND_XOR}"]
-    return _asm(*lines)
+        *_look_up(5, "$4"),
+        *(f"mov.b32 ${j}, p{j}" for j in range(4)),
+    )
 
 
 def _lm3() -> str:
