@@ -130,12 +130,12 @@ def _copy(
 ):  # fmt: skip
     """Start to copy codes and metadata of the unit that begins at token `start`, which is in `page`."""
     row = start % P
-    # what is passed to a partition is not known to be aligned
     # one instruction of five: the compiler forgets that what it has as 64 bits was 32
     stride = page_stride.to(gl.int32)
     offset = gl.inline_asm_elementwise(
         "mul.wide.u32 $0, $1, $2;", "=l,r,r", [page, stride], gl.int64, True, 1
     )  # fmt: skip
+    # what is passed to a partition is not known to be aligned
     block = gl.multiple_of(pages + offset, 16)
     words, highs, metas = codes
     W: gl.constexpr = words.shape[2]
