@@ -44,6 +44,8 @@ _M = gl.constexpr(ROWS // 2)
 _U = gl.constexpr(UNIT)
 _WARPS = 4
 """Of every producer and consumer: a warpgroup."""
+SKIP_ONES = gl.constexpr(True)
+"""Whether sums are multiplied only where the largest score of a row grew."""
 
 _unpacked = gluon.jit(unpack.unpacked.fn)
 _row_words = unpack.row_words
@@ -71,15 +73,14 @@ def _words(width: int):
     """Words [64, width] in registers: eight lanes have pieces of the same columns of eight rows.
 
     Their 16-byte stores of what the words become then meet every bank of shared memory once, in rows that
-    its swizzling tells apart; and so do their loads, see `_code_rows`.
+    its swizzling tells apart; and so do their loads, see `_code_rows`. A lane has half of one row, so that
+    what is made of a row's metadata is made by two lanes only.
     """
     piece = _piece(width)
     columns = [[0, x] for x in _powers(piece, width)]
-    rows = [[8, 0], [16, 0], [32, 0]]
-    lanes = [[1, 0], [2, 0], [4, 0], *(columns + rows)[:2]]
-    rows = [x for x in rows if x not in lanes]
-    registers = [[0, x] for x in _powers(1, piece)] + columns[2:] + rows[2:]
-    return gl.DistributedLinearLayout(registers, lanes, rows[:2], [], [64, width])
+    lanes = [[1, 0], [2, 0], [4, 0], columns[0], [8, 0]]
+    registers = [[0, x] for x in _powers(1, piece)] + columns[1:]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, width])
 
 
 @gluon.constexpr_function
@@ -129,8 +130,13 @@ def _copy(
 ):  # fmt: skip
     """Start to copy codes and metadata of the unit that begins at token `start`, which is in `page`."""
     row = start % P
+    # one instruction of five: the compiler forgets that what it has as 64 bits was 32
+    stride = page_stride.to(gl.int32)
+    offset = gl.inline_asm_elementwise(
+        "mul.wide.u32 $0, $1, $2;", "=l,r,r", [page, stride], gl.int64, True, 1
+    )  # fmt: skip
     # what is passed to a partition is not known to be aligned
-    block = gl.multiple_of(pages + page.to(gl.int64) * page_stride, 16)
+    block = gl.multiple_of(pages + offset, 16)
     words, highs, metas = codes
     W: gl.constexpr = words.shape[2]
     STRIDE: gl.constexpr = _row_words(SCHEME, D)
@@ -264,6 +270,38 @@ def _masked(scores, tile, t, bounds, WINDOW: gl.constexpr, RECENT: gl.constexpr,
     return gl.where(seen, scores, float("-inf"))
 
 
+@gluon.constexpr_function
+def _scale_asm(count: int):
+    """$0 … times the number of each from ${2 · count} on, unless those of all lanes are 1.
+
+    A lane's elements are of two rows by turns of two: the first and the third tell.
+    """
+    products = "".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};\n" for i in range(count))
+    return f"""{{
+    .reg .pred p;
+    setp.neu.f32 p, ${2 * count}, 0f3F800000;
+    setp.neu.or.f32 p, ${2 * count + 2}, 0f3F800000, p;
+    vote.sync.any.pred p, p, 0xFFFFFFFF;
+    @!p bra DONE;
+    {products}
+    DONE:
+    }}"""
+
+
+@gluon.constexpr_function
+def _scale_constraints(count: int):
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
+@gluon.jit
+def _scaled(acc, alpha, DV: gl.constexpr):
+    """acc [M, DV] · alpha [M], in warps that have alpha other than 1: few, once large scores were seen."""
+    alpha = gl.broadcast(acc, alpha[:, None])[1]
+    return gl.inline_asm_elementwise(
+        _scale_asm(DV // 2), _scale_constraints(DV // 2), [acc, alpha], gl.float32, True, DV // 2
+    )  # fmt: skip
+
+
 @gluon.jit
 def _attend(
     state, tile, count, q, grow, units, t, bounds, scale, softcap, keys, values, barriers,
@@ -303,7 +341,8 @@ def _attend(
         acc = warpgroup_mma_wait(0, deps=[next_acc])
         mbarrier.arrive(empty_v.index(stage), count=1)
         p = gl.convert_layout(weights.to(gl.float16), _left(DV))
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, _product(DV)))[:, None]
+        alpha = gl.convert_layout(alpha, gl.SliceLayout(1, _product(DV)))
+        acc = _scaled(acc, alpha, DV) if SKIP_ONES else acc * alpha[:, None]
         stage = next_stage
         phase = next_phase
     return p, m, l, acc, stage, phase

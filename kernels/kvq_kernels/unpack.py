@@ -54,6 +54,8 @@ _NOT_AND = ~0xF0 & 0xCC
 _SIGNS = 0x80008000
 _GATHER = (0x0020, 0x0031)
 """Bytes of a word whose nibbles are elements 0, 1, 4, 5 and 2, 3, 6, 7."""
+_INTERLEAVE = (0x6240, 0x7351)
+"""Bytes 0 and 2, or 1 and 3, of two words in turn."""
 
 
 def _half(x: float) -> int:
@@ -69,63 +71,77 @@ def _asm(*lines: str) -> str:
     return "{\n.reg .b32 i, s, l, h, t, u, x, y, p<4>;\n" + "".join(f"{x};\n" for x in lines) + "}"
 
 
-def _look_up(levels: tuple[float, ...]) -> list[str]:
-    """p0 … p3 = the levels of the nibbles of i, each below 8: elements (0, 4), (1, 5), (2, 6), (3, 7).
+def _tables(levels: tuple[float, ...]) -> str:
+    """$4 n -> n times each of eight levels, for `_look_up`: $0 and $1 lower bytes, $2 and $3 upper bytes.
 
-    Four elements a look-up, in two tables of 8 bytes: the halves of fp16 numbers.
+    A vector's own tables: nothing is left to multiply in its many codes, and what lanes compute stays in
+    registers. ptxas knows that constants are the same for all lanes, and copies them before every look-up.
     """
-    bits = [_half(level) for level in levels]
-    tables = [
-        int.from_bytes(bytes(x >> shift & 255 for x in bits[start : start + 4]), "little")
-        for shift in (0, 8)
-        for start in (0, 4)
-    ]
     lines = []
+    for half in range(2):
+        for register, k in (("l", 4 * half), ("h", 4 * half + 2)):
+            pair = _half(levels[k]) | _half(levels[k + 1]) << 16
+            lines += [f"mov.b32 {register}, {pair}", f"mul.rn.f16x2 {register}, {register}, $4"]
+        lines += [f"prmt.b32 ${half}, l, h, 0x6420", f"prmt.b32 ${half + 2}, l, h, 0x7531"]
+    return _asm(*lines)
+
+
+_TABLES = dict.fromkeys([*WORD_ELEMENTS, "e4m3"], "") | {
+    "turbo": _tables(LEVELS[3]), "lm4": _tables(LEVELS[4][8:]), "lm3": _tables(LEVELS[3]),
+}  # fmt: skip
+
+
+def _look_up(tables: int, signed: str = "") -> list[str]:
+    """p0 … p3 = what the nibbles of i, each below 8, have in the tables from operand `tables` on.
+
+    These are elements (0, 4), (1, 5), (2, 6), (3, 7), four in a look-up of their lower and upper bytes. The
+    high bits of the nibbles of `signed` change signs: here they lie as the upper bytes do.
+    """
+    lower, upper = (f"${tables + k}, ${tables + k + 1}" for k in (0, 2))
+    lines = [f"shl.b32 u, {signed}, 4"] if signed else []
     for k, gather in enumerate(_GATHER):
         lines += [
             f"prmt.b32 s, i, i, {gather}",
-            f"prmt.b32 l, {tables[0]}, {tables[1]}, s",
-            f"prmt.b32 h, {tables[2]}, {tables[3]}, s",
-            f"prmt.b32 p{2 * k}, l, h, 0x6240",
-            f"prmt.b32 p{2 * k + 1}, l, h, 0x7351",
+            f"prmt.b32 l, {lower}, s",
+            f"prmt.b32 h, {upper}, s",
         ]
+        if signed:
+            lines += [
+                f"prmt.b32 t, u, {signed}, {_INTERLEAVE[k]}",
+                f"lop3.b32 h, t, 0x80808080, h, {_AND_XOR}",
+            ]
+        lines += [f"prmt.b32 p{2 * k + j}, l, h, {_INTERLEAVE[j]}" for j in range(2)]
     return lines
 
 
 def _turbo() -> str:
-    """$4 codes, $5 n, $6 -n · s -> n · (level ± s): the sign bits flip -n · s."""
-    lines = ["and.b32 i, $4, 0x77777777", *_look_up(LEVELS[3])]
+    """$4 codes, $5 … tables of n · level, $9 -n · s -> n · (level ± s): the sign bits flip -n · s."""
+    lines = ["and.b32 i, $4, 0x77777777", *_look_up(5)]
     for j in range(4):
         lines += [
             f"shl.b32 t, $4, {12 - 4 * j}",
-            f"lop3.b32 t, t, {_SIGNS}, $6, {_AND_XOR}",
-            f"fma.rn.f16x2 ${j}, p{j}, $5, t",
+            f"lop3.b32 t, t, {_SIGNS}, $9, {_AND_XOR}",
+            f"add.rn.f16x2 ${j}, p{j}, t",
         ]
     return _asm(*lines)
 
 
 def _lm4() -> str:
-    """$4 codes, $5 -n -> n · level: codes below 8 are mirrored, the high bit is the sign."""
-    lines = [
+    """$4 codes, $5 … tables of -n · level -> n · level: codes below 8 are mirrored, the high bit signs."""
+    return _asm(
         f"lop3.b32 t, $4, 0x88888888, 0, {_NOT_AND}",
         "shr.u32 u, t, 3",
         "sub.u32 t, t, u",
         f"lop3.b32 i, $4, t, 0x77777777, {_XOR_AND}",
-        *_look_up(LEVELS[4][8:]),
-    ]
-    for j in range(4):
-        lines += [
-            f"mul.rn.f16x2 p{j}, p{j}, $5",
-            f"shl.b32 t, $4, {12 - 4 * j}",
-            f"lop3.b32 ${j}, t, {_SIGNS}, p{j}, {_AND_XOR}",
-        ]
-    return _asm(*lines)
+        *_look_up(5, "$4"),
+        *(f"mov.b32 ${j}, p{j}" for j in range(4)),
+    )
 
 
 def _lm3() -> str:
-    """$8 low bits, $9 high bits, $10 n -> n · level: eight codes at a time become nibbles."""
-    lines = ["and.b32 t, $9, 0xFFFF"]
-    for distance, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)):
+    """$8 low bits, $9 high bits, $10 … tables of n · level: eight codes at a time become nibbles."""
+    lines = ["prmt.b32 t, $9, 0, 0x4140"]
+    for distance, mask in ((4, 0x0F0F0F0F), (2, 0x33333333)):
         lines += [f"shl.b32 u, t, {distance}", f"lop3.b32 t, t, u, {mask}, {_OR_AND}"]
     for parity in range(2):
         lines += [
@@ -133,21 +149,38 @@ def _lm3() -> str:
             "and.b32 s, s, 0x33333333",
             f"shl.b32 u, t, {2 - parity}",
             f"lop3.b32 i, u, 0x44444444, s, {_AND_OR}",
-            *_look_up(LEVELS[3]),
-            *(f"mul.rn.f16x2 ${2 * k + parity}, p{k}, $10" for k in range(4)),
+            *_look_up(10),
+            *(f"mov.b32 ${2 * k + parity}, p{k}" for k in range(4)),
         ]
     return _asm(*lines)
 
 
+LM2_BY_MASKS = True
+"""One instruction less for two codes of lm2, but three on the unit for logic instead of two."""
+
+
 def _lm2() -> str:
-    """$8 planes, $9 n · (large - small), $10 n · small -> ±n · small or large."""
+    """$8 planes, $9 n · small, $10 n · small ^ n · large -> ±n · small or large: a bit becomes a mask."""
+    lines = []
+    for j in range(8):
+        lines += [
+            f"shl.b32 t, $8, {7 - j}",
+            "prmt.b32 u, t, t, 0xAA88",
+            f"lop3.b32 u, u, $10, $9, {_AND_XOR}",
+            f"lop3.b32 ${j}, t, {_SIGNS}, u, {_AND_XOR}",
+        ]
+    return _asm(*lines)
+
+
+def _lm2_by_products() -> str:
+    """$8 planes, $9 n · small, $10 n · (large - small) -> ±n · small or large."""
     lines = [f"mov.b32 x, {_pair(1 / 128)}", f"mov.b32 y, {_pair(-8)}"]
     for j in range(8):
         lines += [
             f"shl.b32 t, $8, {7 - j}",
             f"lop3.b32 u, t, 0x00800080, {_pair(1024)}, {_AND_OR}",
             "fma.rn.f16x2 u, u, x, y",
-            "fma.rn.f16x2 u, u, $9, $10",
+            "fma.rn.f16x2 u, u, $10, $9",
             f"lop3.b32 ${j}, t, {_SIGNS}, u, {_AND_XOR}",
         ]
     return _asm(*lines)
@@ -212,9 +245,9 @@ def _e4m3() -> str:
 
 
 _ASSEMBLY = {
-    "turbo": (_turbo(), 4, 2), "lm4": (_lm4(), 4, 1), "lm3": (_lm3(), 8, 2),
-    "lm2": (_lm2(), 8, 2), "int8": (_int8(), 2, 2), "int4": (_int4(), 4, 2), "fp8": (_fp8(), 2, 1),
-    "e4m3": (_e4m3(), 2, 1),
+    "turbo": (_turbo(), 4, 5), "lm4": (_lm4(), 4, 4), "lm3": (_lm3(), 8, 5),
+    "lm2": (_lm2() if LM2_BY_MASKS else _lm2_by_products(), 8, 2), "int8": (_int8(), 2, 2),
+    "int4": (_int4(), 4, 2), "fp8": (_fp8(), 2, 1), "e4m3": (_e4m3(), 2, 1),
 }  # fmt: skip
 """scheme -> instructions, registers that they fill, operands that they need beside the word."""
 
@@ -222,6 +255,12 @@ _ASSEMBLY = {
 @triton.constexpr_function
 def assembly(scheme: str) -> str:
     return _ASSEMBLY[scheme][0]
+
+
+@triton.constexpr_function
+def tables(scheme: str) -> str:
+    """Instructions that make a vector's tables; empty where the scheme has none."""
+    return _TABLES[scheme]
 
 
 @triton.constexpr_function
@@ -253,6 +292,7 @@ def _types(scheme: str) -> tuple:
 
 
 _SMALL, _LARGE = tl.constexpr(LEVELS[2][2]), tl.constexpr(LEVELS[2][3])
+_BY_MASKS = tl.constexpr(LM2_BY_MASKS)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 _LARGEST_NORM = tl.constexpr(20000.0)
 """Norms are clamped to it: times the largest level they stay finite in fp16. No model's vectors get there."""
@@ -293,18 +333,22 @@ def unpacked(word, high, first, second, SCHEME: tl.constexpr):
         elif SCHEME == "lm4":
             x = -x
         elif SCHEME == "lm2":
-            y = x * _SMALL
-            x = x * (_LARGE - _SMALL)
+            y = x * (_LARGE if _BY_MASKS else _LARGE - _SMALL)
+            x = x * _SMALL
     # each number twice in a register
     x = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
-    x = tl.broadcast_to(x[:, None], (N, W))
-    if SCHEME == "lm3":
-        operands = [word, high.to(tl.int32), x]
-    elif numbers(SCHEME) == 2:
+    numbers_of_row = [x]
+    if tables(SCHEME) != "":
+        numbers_of_row = tl.inline_asm_elementwise(
+            tables(SCHEME), "=&r,=&r,=&r,=&r,r", [x], (tl.int32,) * 4, True, 1
+        )  # fmt: skip
+    if SCHEME == "turbo" or SCHEME == "lm2" or SCHEME == "int8" or SCHEME == "int4":
         y = (y.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
-        operands = [word, x, tl.broadcast_to(y[:, None], (N, W))]
-    else:
-        operands = [word, x]
+        numbers_of_row += [x ^ y if SCHEME == "lm2" and _BY_MASKS else y]
+    operands = [word]
+    if SCHEME == "lm3":
+        operands += [high.to(tl.int32)]
+    operands += [tl.broadcast_to(x[:, None], (N, W)) for x in numbers_of_row]
     r = tl.inline_asm_elementwise(
         assembly(SCHEME), _constraints(SCHEME), operands, _types(SCHEME), True, 1
     )  # fmt: skip

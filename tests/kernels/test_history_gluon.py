@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ pytest.importorskip("triton")
 from kvq_core.codecs import get_codec
 from kvq_kernels import history_gluon
 from kvq_kernels.layout import PageLayout
+from tests.kernels import machine
 
 
 def layout_of(codecs: str, head_dim: int = 128, page_size: int = 64) -> PageLayout:
@@ -70,3 +72,19 @@ def test_lanes_meet_every_bank_once(per: int, head_dim: int) -> None:
     assert len(loads) == len(lanes)
     stores = {c * per // 8 % 8 ^ r % 8 for r, c in lanes[:8]}
     assert len(stores) == 8
+
+
+def test_sums_are_multiplied_unless_by_ones() -> None:
+    """A lane's elements are of two rows by turns of two; some lanes multiply, or all lanes leave them."""
+    generator = np.random.default_rng(0)
+    for factors in ((1.0, 1.0), (1.0, 0.5), (0.25, 1.0)):
+        sums = [generator.standard_normal(32).astype(np.float32) for _ in range(8)]
+        alpha = [np.where(np.arange(32) == 5, factors[i // 2 % 2], 1).astype(np.float32) for i in range(8)]
+        # operands 8 … 15 are the same registers as the results 0 … 7
+        assembly = history_gluon._scale_asm(8)
+        moves = "".join(f"mov.b32 ${i}, ${8 + i};\n" for i in range(8))
+        scaled = machine.run_block(
+            assembly.replace("{", "{" + moves, 1), *(x.view(np.uint32) for x in sums + alpha)
+        )
+        for x, factor, found in zip(sums, alpha, scaled, strict=True):
+            assert (found.view(np.float32) == x * factor).all()

@@ -23,17 +23,19 @@ def pair(x: torch.Tensor) -> np.ndarray:
 
 
 def operands(scheme: str, meta: torch.Tensor) -> list[np.ndarray]:
-    """What `unpack_tile` passes beside the codes."""
+    """What `unpacked` passes beside the codes."""
     first, second = meta[:, 0].float(), meta[:, -1].float()
-    if scheme == "turbo":
-        return [pair(first), pair(-first * second)]
+    if unpack.tables(scheme):
+        made = machine.run_block(unpack.tables(scheme), pair(-first if scheme == "lm4" else first))
+        assert len(made) == 4
+        return made + [pair(-first * second)] * (scheme == "turbo")
     if scheme == "lm2":
         small, large = LEVELS[2][2:]
-        return [pair(first * (large - small)), pair(first * small)]
+        if unpack.LM2_BY_MASKS:
+            return [pair(first * small), pair(first * small) ^ pair(first * large)]
+        return [pair(first * small), pair(first * (large - small))]
     if scheme in ("fp8", "e4m3"):
         return [pair(first * 256 if scheme == "fp8" else first)]
-    if scheme in ("lm4", "lm3"):
-        return [pair(-first if scheme == "lm4" else first)]
     return [pair(first), pair(second)]
 
 
