@@ -35,7 +35,7 @@ _QJL_MANY = "square"
 """How qjl's projection is made where tokens are many: of the matrix in shared memory by four warps, or of
 its `operands` as they lie in memory, by one."""
 _QJL_REGISTERS: int | None = 128
-"""Of a thread of the four warps, at head dims up to 128."""
+"""Of a thread of the four warps."""
 _QJL_TILES = 1
 """Tiles of 64 rows that such a program takes in turn with one matrix."""
 _QJL_MIXED = False
@@ -232,7 +232,9 @@ def _projection_form(codec: Codec, head_dim: int, keys: int) -> str:
         return ""
     if head_dim < 64 or _by_matrix(codec, head_dim):
         return "square"
-    return "part" if _are_few(keys) else _QJL_MANY
+    if _are_few(keys):
+        return "part"
+    return _QJL_MANY if head_dim <= 128 else "operands"  # 128 KB are more than some have
 
 
 def _are_few(keys: int) -> bool:
