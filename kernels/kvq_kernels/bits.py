@@ -108,21 +108,23 @@ def walsh_by_products(x, operand, zero, R: tl.constexpr, D: tl.constexpr, LANES:
 
     A product with 16 × 16 signs takes the dims of quarters and dims 2 and 0, in any number of lanes: what is
     loaded are its operands as they lie in registers (m16n8k16), and sums lie in the lanes of their elements.
-    Of joined loads the compiler gives a thread four columns in a row, of one load 2t, 2t + 1, 2t + 8, 2t + 9.
+    Of joined loads the compiler gives a thread four columns in a row, of one load, and where four warps share
+    a product, 2t, 2t + 1, 2t + 8, 2t + 9.
     """
     OUTER: tl.constexpr = LANES // 4
     INNER: tl.constexpr = D // (LANES * 8)
+    TWOS: tl.constexpr = INNER == 1 or R >= 64
     NEAR: tl.constexpr = min(R, 8 // OUTER)  # rows among the lanes of a warp
     FAR: tl.constexpr = R // NEAR
     signs = tl.load(operand + tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :])
     signs = tl.reshape(signs, (8, 4, 2, 2, 2))
-    signs = tl.permute(signs, (3, 1, 4, 2, 0) if INNER == 1 else (1, 3, 4, 2, 0))
+    signs = tl.permute(signs, (3, 1, 4, 2, 0) if TWOS else (1, 3, 4, 2, 0))
     signs = tl.reshape(signs, (16, 16))
     m = tl.arange(0, INNER * R * 2 * OUTER)
     first = (m < R * 2 * OUTER) & (m // (NEAR * OUTER) % 2 == 0) & (m % OUTER == 0)  # of those summed below
     start = tl.where(first, zero, 0.0)
     x = tl.reshape(x, (FAR, NEAR, 4, OUTER, INNER, 2, 2, 2))
-    x = tl.permute(x, (4, 0, 6, 1, 3, 5, 2, 7) if INNER == 1 else (4, 0, 6, 1, 3, 2, 5, 7))
+    x = tl.permute(x, (4, 0, 6, 1, 3, 5, 2, 7) if TWOS else (4, 0, 6, 1, 3, 2, 5, 7))
     x = tl.reshape(x, (INNER * R * 2 * OUTER, 16))
     x = tl.dot(x, signs, tl.broadcast_to(start[:, None], x.shape))
     x = tl.reshape(x, (INNER, FAR, 2, NEAR, OUTER, 2, 4, 2))

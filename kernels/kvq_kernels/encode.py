@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_kernels.bits import load_square
 from kvq_kernels.codebook import LARGEST, LEVELS, thresholds
 
 _MAGNITUDES_2 = tl.constexpr(LEVELS[2][2:])
@@ -152,10 +151,21 @@ def _pack(code, COUNT: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr):
 
     The first is in the lowest bits, the next BITS higher.
     """
+    words = _sum(code, COUNT, BITS) + MIDDLE * ((2 ** (COUNT * BITS) - 1) // (2**BITS - 1))
+    return _to_word(words)
+
+
+@triton.jit
+def _sum(code, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """The same as floats, before what is around MIDDLE is around 0."""
     place = (1 << (tl.arange(0, COUNT) * BITS)).to(tl.float32)
-    words = tl.sum(tl.reshape(code, (code.shape[0], code.shape[1] // COUNT, COUNT)) * place[None, None, :], 2)
-    words += MIDDLE * ((2 ** (COUNT * BITS) - 1) // (2**BITS - 1))
-    return (words + 8388608.0).to(tl.int32, bitcast=True).to(tl.uint16)
+    return tl.sum(tl.reshape(code, (code.shape[0], code.shape[1] // COUNT, COUNT)) * place[None, None, :], 2)
+
+
+@triton.jit
+def _to_word(x):
+    """Integers below 2^16 -> uint16."""
+    return (x + 8388608.0).to(tl.int32, bitcast=True).to(tl.uint16)
 
 
 @triton.jit
@@ -184,6 +194,17 @@ def _within(x, D: tl.constexpr):
     return x if DP == D else tl.where((tl.arange(0, DP) < D)[None, :], x, 0.0)
 
 
+@triton.jit
+def _hold(x, words):
+    """x [R, DP], not known before words [R, DP / COUNT] are, finite numbers.
+
+    The compiler would keep what words are made of, up to COUNT registers each, while it works on x.
+    """
+    COUNT: tl.constexpr = x.shape[1] // words.shape[1]
+    nothing = tl.where(tl.arange(0, COUNT)[None, None, :] == 0, (words * 0.0)[:, :, None], -0.0)
+    return tl.reshape(tl.reshape(x, (x.shape[0], words.shape[1], COUNT)) + nothing, x.shape)
+
+
 # --- the projection of qjl ----------------------------------------------------------------------------------
 
 PARTS = 4
@@ -192,18 +213,39 @@ _PARTS = tl.constexpr(PARTS)
 
 
 def projection_operand(projection: Tensor) -> Tensor:
-    """A matrix [D, D] that `project` multiplies with, D a power of two from 64 on: in its operands' order.
+    """A matrix [D, D] that `_project` multiplies with, D a power of two from 64 on: in its operands' order.
 
-    Rows (k) are dims of vectors as threads have them in 4 lanes, four of each quarter in a product of 16;
-    columns (n) are such that a thread gets what belongs to these dims.
+    Rows (k) are dims of vectors as threads have them in 4 lanes, eight of each quarter in two products of 16,
+    of which each has a register's two of the first four and of the next; columns (n) are such that a thread
+    gets what belongs to these dims.
     """
     size = len(projection)
-    tile, half, steps, column, quarter, step, of_four = torch.meshgrid(
-        *(torch.arange(n) for n in (size // 16, 2, size // 32, 8, 4, 2, 4)), indexing="ij"
+    tile, half, steps, column, quarter, two, step, one = torch.meshgrid(
+        *(torch.arange(n) for n in (size // 16, 2, size // 32, 8, 4, 2, 2, 2)), indexing="ij"
     )
-    k = quarter * (size // 4) + (steps * 2 + step) * 4 + of_four
+    k = quarter * (size // 4) + (steps * 2 + step) * 4 + two * 2 + one
     n = (column // 2) * (size // 4) + tile * 4 + half * 2 + column % 2
     return projection.cpu()[k, n].to(projection.device)
+
+
+def projection_square(projection: Tensor) -> Tensor:
+    """A matrix [D, D] that `_project_all` multiplies with, zero beyond D up to a power of two.
+
+    From 64 on, powers of two are in the order that `_project_all` has: each product of 16 (k) is of the same
+    dims as one of `projection_operand`, so that sums are alike.
+    """
+    size = len(projection)
+    padded = triton.next_power_of_2(size)
+    if padded != size or size < 64:
+        rest = padded - size
+        return torch.nn.functional.pad(projection, (0, rest, 0, rest))
+    steps, two, step, quarter, one = torch.meshgrid(
+        *(torch.arange(n) for n in (size // 32, 2, 2, 4, 2)), indexing="ij"
+    )
+    k = (quarter * (size // 4) + (steps * 2 + step) * 4 + two * 2 + one).flatten()
+    column, quarter, one = torch.meshgrid(*(torch.arange(n) for n in (size // 8, 4, 2)), indexing="ij")
+    n = (quarter * (size // 4) + column * 2 + one).flatten()
+    return projection.cpu()[k[:, None], n[None, :]].to(projection.device)
 
 
 @triton.jit
@@ -224,13 +266,40 @@ def _project(x, first, second):
     """
     D: tl.constexpr = x.shape[1]
     N: tl.constexpr = D // _PARTS
-    y = tl.reshape(tl.join(first, second), (8, 4, N // 16, D // 32, 2, 4, 2))
-    y = tl.reshape(tl.permute(y, (3, 4, 1, 5, 2, 6, 0)), (D, N))
+    y = tl.reshape(tl.join(first, second), (8, 4, N // 16, D // 32, 2, 2, 2, 2))
+    y = tl.reshape(tl.permute(y, (3, 5, 1, 4, 6, 2, 7, 0)), (D, N))
     x = tl.permute(tl.reshape(x, (x.shape[0], 4, D // 16, 4)), (0, 2, 1, 3))
     z = tl.dot(tl.reshape(x, (x.shape[0], D)), y)
     z = tl.permute(tl.reshape(z, (x.shape[0], N // 16, 2, 4, 2)), (0, 3, 1, 2, 4))
     z = tl.reshape(z, (x.shape[0], N))
-    return _pack(tl.where(z >= 0, 8.0, 0.0), 4, 4, 0.0)
+    return _to_word(_sum(_not_negative(z), 4, 4) * 8.0)
+
+
+@triton.jit
+def _project_all(x, projection, ORDERED: tl.constexpr):
+    """1 where x [R, D] fp16 times `projection_square` is not negative, 0 elsewhere.
+
+    Of 64 rows, four warps have 8 and other 8 in the registers of a product, as `load_rows` gave them.
+    """
+    R: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    WARPS: tl.constexpr = 4 if R >= 64 else 1
+    FAR: tl.constexpr = R // 64 if R >= 64 else 1
+    ROWS: tl.constexpr = R // (WARPS * FAR * 2)
+    if ORDERED:
+        x = tl.reshape(x, (FAR, 2, WARPS, ROWS, 4, D // 32, 2, 2, 2))
+        x = tl.reshape(tl.permute(x, (0, 2, 1, 3, 5, 7, 6, 4, 8)), (R, D))
+    z = tl.dot(x, projection)
+    if ORDERED:
+        z = tl.reshape(z, (FAR, WARPS, 2, ROWS, D // 8, 4, 2))
+        z = tl.reshape(tl.permute(z, (0, 2, 1, 3, 5, 4, 6)), (R, D))
+    return _not_negative(z)
+
+
+@triton.jit
+def _not_negative(z):
+    """1 or 0: sums of products of fp16 are zero or far from it."""
+    return tl.clamp(tl.fma(z, _SHARP, 1.0), 0.0, 1.0)
 
 
 # --- Lloyd-Max codes ----------------------------------------------------------------------------------------
@@ -380,7 +449,6 @@ def _store_rotated(
     if SCHEME == "qjl":
         rest = size - level
         scale = tl.sqrt(_total(rest * rest))
-        rest = _flip(rest, x).to(tl.float16)
     codes, meta = _place(base, page_stride, slot, OFFSET, BYTES, META, P)
     tl.store(meta, _to_half(factor), mask=mask)
     if SCHEME == "turbo" or SCHEME == "qjl":
@@ -391,11 +459,13 @@ def _store_rotated(
             words = _pack(code, 4, 4, 7.5)
             _store_words(codes, words, mask, 0, D // 4)
         elif PROJECTION == "square":
-            projected = tl.dot(rest, load_square(projection, D, x.shape[1]))
-            code = _flip(index, x) + tl.where(projected >= 0, 8.0, 0.0)
-            _store_words(codes, _pack(code, 4, 4, 3.5), mask, 0, D // 4)
+            words = _sum(_flip(index, x), 4, 4) + 3.5 * 0x1111
+            rest = _flip(_hold(rest, words), x).to(tl.float16)
+            signs = _project_all(rest, projection, x.shape[1] == D and D >= 64)
+            _store_words(codes, _to_word(tl.fma(_sum(signs, 4, 4), 8.0, words)), mask, 0, D // 4)
         else:
             words = _pack(_flip(index, x), 4, 4, 3.5)
+            rest = _flip(rest, x).to(tl.float16)
             if PROJECTION == "part":
                 words = tl.reshape(words, (x.shape[0], D // 4 // _PARTS, _PARTS)).to(tl.int32)
                 words = tl.sum(tl.where(tl.arange(0, _PARTS)[None, None, :] == part, words, 0), 2)
@@ -440,8 +510,8 @@ def store_rows(
     """Encode x [R, DP], zero beyond D, to the slots [R] of a head whose block in page 0 lies at `base`.
 
     Codes lie OFFSET bytes into a block, BYTES a row, metadata META bytes. Rotated vectors come times √D.
-    HAS_E4M3: the GPU converts to it. PROJECTION of qjl: by the `square` matrix, by its `operands`, or by a
-    `part` of them, which comes loaded, for that part of the codes.
+    HAS_E4M3: the GPU converts to it. PROJECTION of qjl: by the `square` matrix, which comes loaded, by its
+    `operands`, or by a `part` of them, which comes loaded, for that part of the codes.
     """
     DP: tl.constexpr = x.shape[1]
     d = tl.arange(0, DP)

@@ -7,9 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh, walsh_by_products, walsh_operand
+from kvq_kernels.bits import (
+    multiply_rows,
+    signs_of_hadamard,
+    walsh,
+    walsh_by_products,
+    walsh_operand,
+)
 from kvq_kernels.codebook import qjl_projection
-from kvq_kernels.encode import PARTS, load_operand, load_rows, projection_operand, store_rows
+from kvq_kernels.encode import (
+    PARTS,
+    load_operand,
+    load_rows,
+    projection_operand,
+    projection_square,
+    store_rows,
+)
 from kvq_kernels.layout import Codec, PageLayout, RawWindow
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -18,10 +31,17 @@ _LANES = 4
 _FEW_LANES = {512: 16, 1024: 8}
 """Up to so many keys a store is bound by latency: they lie in more lanes and become the same bytes. With the
 values, 512 in 16 lanes are a warp for every quarter of 128 multiprocessors, as are 1,024 in 8 lanes."""
-_QJL_BY_OPERANDS = True
-"""Whether qjl's projection is a product of operands as they lie in memory, in one warp, or of the matrix."""
+_QJL_MANY = "square"
+"""How qjl's projection is made where tokens are many: of the matrix in shared memory by four warps, or of
+its `operands` as they lie in memory, by one."""
+_QJL_REGISTERS: int | None = 128
+"""Of a thread of the four warps."""
+_QJL_TILES = 1
+"""Tiles of 64 rows that such a program takes in turn with one matrix."""
+_QJL_MIXED = False
+"""Whether such programs for K and V alternate, or those for K come first."""
 _QJL_ROWS = 16
-"""Rows of such a program where tokens are many: 16, or 8, half as many registers and twice the products."""
+"""Rows of a program that multiplies with operands where tokens are many: 16, or 8."""
 _QJL_FEW_LANES = 8
 """Lanes where they are few, and programs share a projection: 8 or 16."""
 _ZERO = tl.constexpr(-1e-30)
@@ -31,12 +51,12 @@ _PARTS = tl.constexpr(PARTS)
 @triton.jit
 def _load(
     slots, base, stride, first, tokens, matrix, SCHEME: tl.constexpr, ROTATED: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PRODUCTS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """R rows of `base` -> [R, DP] zero beyond D and from row `tokens` on, times √D · H if ROTATED; slots [R].
+    """R rows of `base` -> [R, DP] zero beyond D and from row `tokens` on; slots [R].
 
-    Rotated zeros are the least bit negative, as their codes have it. Slots are asked for first, without a
-    mask that they would be waited for at, and arrive while vectors are encoded.
+    Times √D · H already, if ROTATED and D is no power of two. Slots are asked for first, without a mask that
+    they would be waited for at, and arrive while vectors are encoded.
     """
     token = first + tl.arange(0, R)
     rows = base + token.to(tl.int64) * stride
@@ -51,22 +71,56 @@ def _load(
         x = tl.load(rows[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
     else:
         x = load_rows(base, stride, first, tokens, D, DP, R, LANES)
-        if ROTATED and PRODUCTS and LANES >= 4:
-            x = walsh_by_products(x, matrix, _ZERO, R, D, LANES)
-        elif ROTATED:
-            x = walsh(x.to(tl.float32), R, D) + _ZERO
     return x, slot
 
 
 @triton.jit
-def _operand(projection, part, PROJECTION: tl.constexpr, D: tl.constexpr):
-    """`projection`, or a part of it that is asked for here: the compiler would do so when it is needed."""
+def _store_tile(
+    vectors, token_stride, slots, tokens, first, part, operand, rotation, base, page_stride,
+    SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
+    ANCHOR: tl.constexpr, ROTATED: tl.constexpr, HAS_E4M3: tl.constexpr, OFFSET: tl.constexpr,
+    BYTES: tl.constexpr, META: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    P: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PRODUCTS: tl.constexpr,
+    PROJECTION: tl.constexpr,
+):  # fmt: skip
+    """R tokens of one kv head from `first` on; for `part` and `operand`, see `store_rows`.
+
+    Rotated zeros are the least bit negative, as their codes have it.
+    """
+    x, slot = _load(slots, vectors, token_stride, first, tokens, rotation, SCHEME, ROTATED, D, DP, R, LANES)
     if PROJECTION == "part":
-        operand = load_operand(projection, part, D)
-        tl.debug_barrier()
-    else:
-        operand = projection
-    return operand
+        operand = load_operand(operand, part, D)
+        tl.debug_barrier()  # or the compiler would ask for it when it is needed
+    if ROTATED and DP == D and PRODUCTS and LANES >= 4:
+        x = walsh_by_products(x, rotation, _ZERO, R, D, LANES)
+    elif ROTATED and DP == D:
+        x = walsh(x.to(tl.float32), R, D) + _ZERO
+    store_rows(
+        x, base, page_stride, slot, first + tl.arange(0, R) < tokens, operand, part, SCHEME, NORM,
+        RESIDUAL, CANDIDATES, ANCHOR, ROTATED, HAS_E4M3, OFFSET, BYTES, META, DTYPE, D, P, PROJECTION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_tiles(
+    vectors, token_stride, slots, tokens, tile, part, projection, rotation, base, page_stride,
+    SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
+    ANCHOR: tl.constexpr, ROTATED: tl.constexpr, HAS_E4M3: tl.constexpr, OFFSET: tl.constexpr,
+    BYTES: tl.constexpr, META: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    P: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PRODUCTS: tl.constexpr,
+    PROJECTION: tl.constexpr,
+):  # fmt: skip
+    """TILES tiles, `tile` the first of them, with one matrix in shared memory."""
+    operand = projection
+    if PROJECTION == "square":
+        d = tl.arange(0, DP)
+        operand = tl.load(projection + d[:, None] * DP + d[None, :])
+    for i in tl.range(0, TILES, num_stages=1):
+        _store_tile(
+            vectors, token_stride, slots, tokens, (tile + i) * R, part, operand, rotation, base,
+            page_stride, SCHEME, NORM, RESIDUAL, CANDIDATES, ANCHOR, ROTATED, HAS_E4M3, OFFSET, BYTES, META,
+            DTYPE, D, DP, P, R, LANES, PRODUCTS, PROJECTION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -81,42 +135,34 @@ def _store_kernel(
     KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
-    DTYPE: tl.constexpr, HAS_E4M3: tl.constexpr, R: tl.constexpr, KEY_LANES: tl.constexpr,
-    VALUE_LANES: tl.constexpr, PRODUCTS: tl.constexpr, KEY_PROJECTION: tl.constexpr,
-    VALUE_PROJECTION: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_E4M3: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
+    MIXED: tl.constexpr, KEY_LANES: tl.constexpr, VALUE_LANES: tl.constexpr, PRODUCTS: tl.constexpr,
+    KEY_PROJECTION: tl.constexpr, VALUE_PROJECTION: tl.constexpr,
 ):  # fmt: skip
-    """R tokens of one kv head a program; K and V are programs of their own."""
+    """R · TILES tokens of one kv head a program; K and V are programs of their own, MIXED or in order."""
     head = tl.program_id(1)
     base = pages + head * BLOCK_BYTES
-    first = tl.program_id(0) * R
-    token = first + tl.arange(0, R)
-    mask = token < tokens
     KEY_PARTS: tl.constexpr = _PARTS if KEY_PROJECTION == "part" else 1
-    part = tl.program_id(2)
+    if MIXED:
+        tile = tl.program_id(0) // 2 * TILES
+        part = tl.program_id(0) % 2
+    else:
+        tile = tl.program_id(0) * TILES
+        part = tl.program_id(2)
     if part < KEY_PARTS:
-        key_operand = _operand(key_projection, part, KEY_PROJECTION, DK)
-        source = key + head * key_head_stride
-        x, slot = _load(
-            slots, source, key_token_stride, first, tokens, key_rotation,
-            KEY, KEY_ROTATED, DK, DKP, R, KEY_LANES, PRODUCTS,
+        _store_tiles(
+            key + head * key_head_stride, key_token_stride, slots, tokens, tile, part, key_projection,
+            key_rotation, base, page_stride, KEY, KEY_NORM, KEY_RESIDUAL, KEY_CANDIDATES, KEY_ANCHOR,
+            KEY_ROTATED, HAS_E4M3, 0, KEY_BYTES, META_OFFSET, DTYPE, DK, DKP, P, R, TILES, KEY_LANES,
+            PRODUCTS, KEY_PROJECTION,
         )  # fmt: skip
-        store_rows(
-            x, base, page_stride, slot, mask, key_operand, part, KEY, KEY_NORM, KEY_RESIDUAL,
-            KEY_CANDIDATES, KEY_ANCHOR, KEY_ROTATED, HAS_E4M3, 0, KEY_BYTES, META_OFFSET, DTYPE, DK, P,
-            KEY_PROJECTION,
-        )  # fmt: skip
-    else:  # other names than above, for other shapes
-        part -= KEY_PARTS
-        value_operand = _operand(value_projection, part, VALUE_PROJECTION, DV)
-        target = value + head * value_head_stride
-        y, slot = _load(
-            slots, target, value_token_stride, first, tokens, value_rotation,
-            VALUE, VALUE_ROTATED, DV, DVP, R, VALUE_LANES, PRODUCTS,
-        )  # fmt: skip
-        store_rows(
-            y, base, page_stride, slot, mask, value_operand, part, VALUE, VALUE_NORM, VALUE_RESIDUAL,
+    else:
+        _store_tiles(
+            value + head * value_head_stride, value_token_stride, slots, tokens, tile, part - KEY_PARTS,
+            value_projection, value_rotation, base, page_stride, VALUE, VALUE_NORM, VALUE_RESIDUAL,
             VALUE_CANDIDATES, VALUE_ANCHOR, VALUE_ROTATED, HAS_E4M3, VALUE_OFFSET, VALUE_BYTES,
-            META_OFFSET + 2 * KEY_META * P, DTYPE, DV, P, VALUE_PROJECTION,
+            META_OFFSET + 2 * KEY_META * P, DTYPE, DV, DVP, P, R, TILES, VALUE_LANES, PRODUCTS,
+            VALUE_PROJECTION,
         )  # fmt: skip
 
 
@@ -177,16 +223,18 @@ def _projection(form: str, head_dim: int, device: torch.device) -> Tensor:
     if not form:
         return _unused(device)
     matrix = qjl_projection(head_dim, torch.float16, device).T.contiguous()
-    return matrix if form == "square" else projection_operand(matrix)
+    return projection_square(matrix) if form == "square" else projection_operand(matrix)
 
 
 def _projection_form(codec: Codec, head_dim: int, keys: int) -> str:
     """How a program makes qjl's projection, see `store_rows`."""
     if codec.scheme != "qjl":
         return ""
-    if not _QJL_BY_OPERANDS or head_dim < 64 or _by_matrix(codec, head_dim):
+    if head_dim < 64 or _by_matrix(codec, head_dim):
         return "square"
-    return "part" if _are_few(keys) else "operands"
+    if _are_few(keys):
+        return "part"
+    return _QJL_MANY if head_dim <= 128 else "operands"  # 128 KB are more than some have
 
 
 def _are_few(keys: int) -> bool:
@@ -252,7 +300,11 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
     lanes = [_lanes(*size, keys, "part" in forms) for size in sizes]
     rows, warps = _tile(layout, forms, keys, max(lanes))
     programs = sum(PARTS if form == "part" else 1 for form in forms)
-    _store_kernel[(triton.cdiv(tokens, rows), heads, programs)](
+    large = "square" in forms and not _are_few(keys)
+    tiles, mixed = (_QJL_TILES, _QJL_MIXED) if large else (1, False)
+    narrow = max(layout.key_dim, layout.value_dim) <= 128
+    along = triton.cdiv(tokens, rows * tiles)
+    _store_kernel[(2 * along, heads, 1) if mixed else (along, heads, programs)](
         key, value, pages, slots, tokens,
         _projection(forms[0], layout.key_dim, key.device),
         _projection(forms[1], layout.value_dim, key.device),
@@ -267,9 +319,10 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         DK=layout.key_dim, DKP=triton.next_power_of_2(layout.key_dim),
         DV=layout.value_dim, DVP=triton.next_power_of_2(layout.value_dim), P=layout.page_size,
-        DTYPE=DTYPES[layout.dtype], HAS_E4M3=has_e4m3(key.device), R=rows, KEY_LANES=lanes[0],
-        VALUE_LANES=lanes[1], PRODUCTS=has_products(key.dtype, key.device), KEY_PROJECTION=forms[0],
-        VALUE_PROJECTION=forms[1], num_warps=warps,
+        DTYPE=DTYPES[layout.dtype], HAS_E4M3=has_e4m3(key.device), R=rows, TILES=tiles, MIXED=mixed,
+        KEY_LANES=lanes[0], VALUE_LANES=lanes[1], PRODUCTS=has_products(key.dtype, key.device),
+        KEY_PROJECTION=forms[0], VALUE_PROJECTION=forms[1], num_warps=warps,
+        maxnreg=_QJL_REGISTERS if large and narrow else None,
     )  # fmt: skip
 
 

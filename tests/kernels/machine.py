@@ -7,7 +7,7 @@ the tensors of a launch hold and nothing else: an address outside of them, or on
 error, and so is a branch that lanes of a warp take differently. What is run is counted.
 
 Source: NVIDIA, Parallel Thread Execution ISA 8.7. Instructions that the kernels don't have are missing, and
-those of a warpgroup (`wgmma`), which prefill over history has, and the store of `qjl` at odd head dims.
+those of a warpgroup (`wgmma`), which prefill over history has, and the store of many tokens by `qjl`.
 """
 
 import re

@@ -148,6 +148,8 @@ def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_store(codec: str, head_dim: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin's bytes; codes at a threshold may fall to the neighbour."""
+    if codec == "qjl" and lanes == 4:
+        pytest.skip("a product of a warpgroup")
     monkeypatch.setattr(quantize_store, "_FEW_LANES", {2**20: lanes} if lanes > 4 else {})
     layout = PageLayout(get_codec(codec), get_codec(codec), 64, 2, head_dim, head_dim, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)

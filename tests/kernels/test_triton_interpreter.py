@@ -278,6 +278,20 @@ else:
         assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
         assert written[0].any()
 
+    def test_qjl_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+        """The bytes of parts, however programs share the matrix, also where the last has few rows."""
+        layout = PageLayout(get_codec("qjl"), get_codec("lm2-plain"), 16, 1, 128, 128, torch.float16)
+        key, value = torch.randn(2, 70, 1, 128, generator=torch.Generator().manual_seed(4)).half()
+        slots = torch.randperm(80, generator=torch.Generator().manual_seed(2))[:70]
+        written = []
+        for few, tiles, mixed in (({70: 8}, 1, False), ({}, 1, False), ({}, 1, True), ({}, 3, True)):
+            monkeypatch.setattr(quantize_store, "_FEW_LANES", few)
+            monkeypatch.setattr(quantize_store, "_QJL_TILES", tiles)
+            monkeypatch.setattr(quantize_store, "_QJL_MIXED", mixed)
+            written.append(layout.empty_pages(6, "cpu"))
+            quantize_store.store(key, value, written[-1], slots, layout)
+        assert written[0].any() and all(torch.equal(written[0], pages) for pages in written)
+
     @pytest.mark.parametrize("head_dim", [64, 96])
     @pytest.mark.parametrize("name", [name for name in CODEC_NAMES if name != "none"])
     def test_store_of_what_is_not_finite(name: str, head_dim: int) -> None:
