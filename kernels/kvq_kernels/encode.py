@@ -465,25 +465,13 @@ def _store_rotated(
             _store_words(codes, _to_word(tl.fma(_sum(signs, 4, 4), 8.0, words)), mask, 0, D // 4)
         else:
             words = _pack(_flip(index, x), 4, 4, 3.5)
+            words = tl.reshape(words, (x.shape[0], D // 4 // _PARTS, _PARTS)).to(tl.int32)
+            words = tl.sum(tl.where(tl.arange(0, _PARTS)[None, None, :] == part, words, 0), 2)
             rest = _flip(rest, x).to(tl.float16)
-            if PROJECTION == "part":
-                words = tl.reshape(words, (x.shape[0], D // 4 // _PARTS, _PARTS)).to(tl.int32)
-                words = tl.sum(tl.where(tl.arange(0, _PARTS)[None, None, :] == part, words, 0), 2)
-                words = words.to(tl.uint16) | _project(rest, projection[0], projection[1])
-                at = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + part
-                at = at[:, None] + (tl.arange(0, D // 4 // _PARTS) * _PARTS)[None, :]
-                tl.store(at, words, mask=mask[:, None])
-            else:
-                first, second = load_operand(projection, 0, D)
-                signs0 = _project(rest, first, second)
-                first, second = load_operand(projection, 1, D)
-                signs1 = _project(rest, first, second)
-                first, second = load_operand(projection, 2, D)
-                signs2 = _project(rest, first, second)
-                first, second = load_operand(projection, 3, D)
-                signs3 = _project(rest, first, second)
-                signs = tl.join(tl.join(signs0, signs2), tl.join(signs1, signs3))
-                _store_words(codes, words | tl.reshape(signs, words.shape), mask, 0, D // 4)
+            words = words.to(tl.uint16) | _project(rest, projection[0], projection[1])
+            at = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + part
+            at = at[:, None] + (tl.arange(0, D // 4 // _PARTS) * _PARTS)[None, :]
+            tl.store(at, words, mask=mask[:, None])
     elif SCHEME == "lm4":
         _store_words(codes, _pack(_flip(index, x), 4, 4, 7.5), mask, 0, D // 4)
     elif SCHEME == "lm3":
@@ -510,8 +498,8 @@ def store_rows(
     """Encode x [R, DP], zero beyond D, to the slots [R] of a head whose block in page 0 lies at `base`.
 
     Codes lie OFFSET bytes into a block, BYTES a row, metadata META bytes. Rotated vectors come times √D.
-    HAS_E4M3: the GPU converts to it. PROJECTION of qjl: by the `square` matrix, which comes loaded, by its
-    `operands`, or by a `part` of them, which comes loaded, for that part of the codes.
+    HAS_E4M3: the GPU converts to it. PROJECTION of qjl: by the `square` matrix, or by a `part` of it, for
+    that part of the codes; either comes loaded.
     """
     DP: tl.constexpr = x.shape[1]
     d = tl.arange(0, DP)

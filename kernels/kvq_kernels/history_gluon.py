@@ -44,8 +44,6 @@ _M = gl.constexpr(ROWS // 2)
 _U = gl.constexpr(UNIT)
 _WARPS = 4
 """Of every producer and consumer: a warpgroup."""
-SKIP_ONES = gl.constexpr(True)
-"""Whether sums are multiplied only where the largest score of a row grew."""
 
 _unpacked = gluon.jit(unpack.unpacked.fn)
 _row_words = unpack.row_words
@@ -342,7 +340,7 @@ def _attend(
         mbarrier.arrive(empty_v.index(stage), count=1)
         p = gl.convert_layout(weights.to(gl.float16), _left(DV))
         alpha = gl.convert_layout(alpha, gl.SliceLayout(1, _product(DV)))
-        acc = _scaled(acc, alpha, DV) if SKIP_ONES else acc * alpha[:, None]
+        acc = _scaled(acc, alpha, DV)
         stage = next_stage
         phase = next_phase
     return p, m, l, acc, stage, phase

@@ -31,19 +31,12 @@ _LANES = 4
 _FEW_LANES = {512: 16, 1024: 8}
 """Up to so many keys a store is bound by latency: they lie in more lanes and become the same bytes. With the
 values, 512 in 16 lanes are a warp for every quarter of 128 multiprocessors, as are 1,024 in 8 lanes."""
-_QJL_MANY = "square"
-"""How qjl's projection is made where tokens are many: of the matrix in shared memory by four warps, or of
-its `operands` as they lie in memory, by one."""
-_QJL_REGISTERS: int | None = 128
-"""Of a thread of the four warps."""
-_QJL_TILES = 1
-"""Tiles of 64 rows that such a program takes in turn with one matrix."""
-_QJL_MIXED = False
-"""Whether such programs for K and V alternate, or those for K come first."""
-_QJL_ROWS = 16
-"""Rows of a program that multiplies with operands where tokens are many: 16, or 8."""
-_QJL_FEW_LANES = 8
-"""Lanes where they are few, and programs share a projection: 8 or 16."""
+_QJL_REGISTERS = 128
+"""Of a thread where four warps project 64 vectors with a matrix in shared memory."""
+_QJL_WIDEST = 128
+"""Head dim up to which they do: a matrix of 256 takes 128 KB, which not all GPUs have."""
+_QJL_LANES = 8
+"""Lanes that share a vector at most where programs share its projection."""
 _ZERO = tl.constexpr(-1e-30)
 _PARTS = tl.constexpr(PARTS)
 
@@ -76,20 +69,25 @@ def _load(
 
 @triton.jit
 def _store_tile(
-    vectors, token_stride, slots, tokens, first, part, operand, rotation, base, page_stride,
+    vectors, token_stride, slots, tokens, part, projection, rotation, base, page_stride,
     SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
     ANCHOR: tl.constexpr, ROTATED: tl.constexpr, HAS_E4M3: tl.constexpr, OFFSET: tl.constexpr,
     BYTES: tl.constexpr, META: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PRODUCTS: tl.constexpr,
     PROJECTION: tl.constexpr,
 ):  # fmt: skip
-    """R tokens of one kv head from `first` on; for `part` and `operand`, see `store_rows`.
+    """The program's R tokens of one kv head; `part` and `projection`: see `store_rows`.
 
     Rotated zeros are the least bit negative, as their codes have it.
     """
+    first = tl.program_id(0) * R
+    operand = projection
+    if PROJECTION == "square":
+        d = tl.arange(0, DP)
+        operand = tl.load(projection + d[:, None] * DP + d[None, :])
     x, slot = _load(slots, vectors, token_stride, first, tokens, rotation, SCHEME, ROTATED, D, DP, R, LANES)
     if PROJECTION == "part":
-        operand = load_operand(operand, part, D)
+        operand = load_operand(projection, part, D)
         tl.debug_barrier()  # or the compiler would ask for it when it is needed
     if ROTATED and DP == D and PRODUCTS and LANES >= 4:
         x = walsh_by_products(x, rotation, _ZERO, R, D, LANES)
@@ -99,28 +97,6 @@ def _store_tile(
         x, base, page_stride, slot, first + tl.arange(0, R) < tokens, operand, part, SCHEME, NORM,
         RESIDUAL, CANDIDATES, ANCHOR, ROTATED, HAS_E4M3, OFFSET, BYTES, META, DTYPE, D, P, PROJECTION,
     )  # fmt: skip
-
-
-@triton.jit
-def _store_tiles(
-    vectors, token_stride, slots, tokens, tile, part, projection, rotation, base, page_stride,
-    SCHEME: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CANDIDATES: tl.constexpr,
-    ANCHOR: tl.constexpr, ROTATED: tl.constexpr, HAS_E4M3: tl.constexpr, OFFSET: tl.constexpr,
-    BYTES: tl.constexpr, META: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    P: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, PRODUCTS: tl.constexpr,
-    PROJECTION: tl.constexpr,
-):  # fmt: skip
-    """TILES tiles, `tile` the first of them, with one matrix in shared memory."""
-    operand = projection
-    if PROJECTION == "square":
-        d = tl.arange(0, DP)
-        operand = tl.load(projection + d[:, None] * DP + d[None, :])
-    for i in tl.range(0, TILES, num_stages=1):
-        _store_tile(
-            vectors, token_stride, slots, tokens, (tile + i) * R, part, operand, rotation, base,
-            page_stride, SCHEME, NORM, RESIDUAL, CANDIDATES, ANCHOR, ROTATED, HAS_E4M3, OFFSET, BYTES, META,
-            DTYPE, D, DP, P, R, LANES, PRODUCTS, PROJECTION,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -135,34 +111,28 @@ def _store_kernel(
     KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, KEY_META: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, P: tl.constexpr,
-    DTYPE: tl.constexpr, HAS_E4M3: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
-    MIXED: tl.constexpr, KEY_LANES: tl.constexpr, VALUE_LANES: tl.constexpr, PRODUCTS: tl.constexpr,
-    KEY_PROJECTION: tl.constexpr, VALUE_PROJECTION: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_E4M3: tl.constexpr, R: tl.constexpr, KEY_LANES: tl.constexpr,
+    VALUE_LANES: tl.constexpr, PRODUCTS: tl.constexpr, KEY_PROJECTION: tl.constexpr,
+    VALUE_PROJECTION: tl.constexpr,
 ):  # fmt: skip
-    """R · TILES tokens of one kv head a program; K and V are programs of their own, MIXED or in order."""
+    """R tokens of one kv head a program; K and V are programs of their own."""
     head = tl.program_id(1)
     base = pages + head * BLOCK_BYTES
     KEY_PARTS: tl.constexpr = _PARTS if KEY_PROJECTION == "part" else 1
-    if MIXED:
-        tile = tl.program_id(0) // 2 * TILES
-        part = tl.program_id(0) % 2
-    else:
-        tile = tl.program_id(0) * TILES
-        part = tl.program_id(2)
+    part = tl.program_id(2)
     if part < KEY_PARTS:
-        _store_tiles(
-            key + head * key_head_stride, key_token_stride, slots, tokens, tile, part, key_projection,
+        _store_tile(
+            key + head * key_head_stride, key_token_stride, slots, tokens, part, key_projection,
             key_rotation, base, page_stride, KEY, KEY_NORM, KEY_RESIDUAL, KEY_CANDIDATES, KEY_ANCHOR,
-            KEY_ROTATED, HAS_E4M3, 0, KEY_BYTES, META_OFFSET, DTYPE, DK, DKP, P, R, TILES, KEY_LANES,
-            PRODUCTS, KEY_PROJECTION,
+            KEY_ROTATED, HAS_E4M3, 0, KEY_BYTES, META_OFFSET, DTYPE, DK, DKP, P, R, KEY_LANES, PRODUCTS,
+            KEY_PROJECTION,
         )  # fmt: skip
     else:
-        _store_tiles(
-            value + head * value_head_stride, value_token_stride, slots, tokens, tile, part - KEY_PARTS,
+        _store_tile(
+            value + head * value_head_stride, value_token_stride, slots, tokens, part - KEY_PARTS,
             value_projection, value_rotation, base, page_stride, VALUE, VALUE_NORM, VALUE_RESIDUAL,
             VALUE_CANDIDATES, VALUE_ANCHOR, VALUE_ROTATED, HAS_E4M3, VALUE_OFFSET, VALUE_BYTES,
-            META_OFFSET + 2 * KEY_META * P, DTYPE, DV, DVP, P, R, TILES, VALUE_LANES, PRODUCTS,
-            VALUE_PROJECTION,
+            META_OFFSET + 2 * KEY_META * P, DTYPE, DV, DVP, P, R, VALUE_LANES, PRODUCTS, VALUE_PROJECTION,
         )  # fmt: skip
 
 
@@ -232,9 +202,7 @@ def _projection_form(codec: Codec, head_dim: int, keys: int) -> str:
         return ""
     if head_dim < 64 or _by_matrix(codec, head_dim):
         return "square"
-    if _are_few(keys):
-        return "part"
-    return _QJL_MANY if head_dim <= 128 else "operands"  # 128 KB are more than some have
+    return "part" if _are_few(keys) or head_dim > _QJL_WIDEST else "square"
 
 
 def _are_few(keys: int) -> bool:
@@ -251,7 +219,7 @@ def _lanes(head_dim: int, dtype: torch.dtype, keys: int, in_parts: bool) -> int:
     chunks = triton.next_power_of_2(head_dim) * dtype.itemsize // 16
     lanes = next((lanes for most, lanes in _FEW_LANES.items() if keys <= most), _LANES)
     if in_parts:
-        lanes = min(lanes, _QJL_FEW_LANES)
+        lanes = min(lanes, _QJL_LANES)
     return max(min(lanes, chunks), chunks // 4, 1)
 
 
@@ -263,8 +231,6 @@ def _tile(layout: PageLayout, forms: tuple[str, str], keys: int, lanes: int) -> 
         return (2, 1) if few else (16, 4)
     if "square" in forms:
         return (16, 4) if few else (64, 4)  # of a product with a large matrix
-    if any(forms):
-        return (32 // lanes if few else _QJL_ROWS), 1
     if _by_matrix(k, layout.key_dim) or _by_matrix(v, layout.value_dim):
         return 16, 4
     return 32 // lanes, 1
@@ -300,11 +266,8 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
     lanes = [_lanes(*size, keys, "part" in forms) for size in sizes]
     rows, warps = _tile(layout, forms, keys, max(lanes))
     programs = sum(PARTS if form == "part" else 1 for form in forms)
-    large = "square" in forms and not _are_few(keys)
-    tiles, mixed = (_QJL_TILES, _QJL_MIXED) if large else (1, False)
-    narrow = max(layout.key_dim, layout.value_dim) <= 128
-    along = triton.cdiv(tokens, rows * tiles)
-    _store_kernel[(2 * along, heads, 1) if mixed else (along, heads, programs)](
+    bound = "square" in forms and not _are_few(keys) and max(layout.key_dim, layout.value_dim) <= _QJL_WIDEST
+    _store_kernel[(triton.cdiv(tokens, rows), heads, programs)](
         key, value, pages, slots, tokens,
         _projection(forms[0], layout.key_dim, key.device),
         _projection(forms[1], layout.value_dim, key.device),
@@ -319,10 +282,10 @@ def store(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layout: Page
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         DK=layout.key_dim, DKP=triton.next_power_of_2(layout.key_dim),
         DV=layout.value_dim, DVP=triton.next_power_of_2(layout.value_dim), P=layout.page_size,
-        DTYPE=DTYPES[layout.dtype], HAS_E4M3=has_e4m3(key.device), R=rows, TILES=tiles, MIXED=mixed,
-        KEY_LANES=lanes[0], VALUE_LANES=lanes[1], PRODUCTS=has_products(key.dtype, key.device),
-        KEY_PROJECTION=forms[0], VALUE_PROJECTION=forms[1], num_warps=warps,
-        maxnreg=_QJL_REGISTERS if large and narrow else None,
+        DTYPE=DTYPES[layout.dtype], HAS_E4M3=has_e4m3(key.device), R=rows, KEY_LANES=lanes[0],
+        VALUE_LANES=lanes[1], PRODUCTS=has_products(key.dtype, key.device), KEY_PROJECTION=forms[0],
+        VALUE_PROJECTION=forms[1], num_warps=warps,
+        maxnreg=_QJL_REGISTERS if bound else None,
     )  # fmt: skip
 
 

@@ -155,10 +155,6 @@ def _lm3() -> str:
     return _asm(*lines)
 
 
-LM2_BY_MASKS = True
-"""One instruction less for two codes of lm2, but three on the unit for logic instead of two."""
-
-
 def _lm2() -> str:
     """$8 planes, $9 n · small, $10 n · small ^ n · large -> ±n · small or large: a bit becomes a mask."""
     lines = []
@@ -167,20 +163,6 @@ def _lm2() -> str:
             f"shl.b32 t, $8, {7 - j}",
             "prmt.b32 u, t, t, 0xAA88",
             f"lop3.b32 u, u, $10, $9, {_AND_XOR}",
-            f"lop3.b32 ${j}, t, {_SIGNS}, u, {_AND_XOR}",
-        ]
-    return _asm(*lines)
-
-
-def _lm2_by_products() -> str:
-    """$8 planes, $9 n · small, $10 n · (large - small) -> ±n · small or large."""
-    lines = [f"mov.b32 x, {_pair(1 / 128)}", f"mov.b32 y, {_pair(-8)}"]
-    for j in range(8):
-        lines += [
-            f"shl.b32 t, $8, {7 - j}",
-            f"lop3.b32 u, t, 0x00800080, {_pair(1024)}, {_AND_OR}",
-            "fma.rn.f16x2 u, u, x, y",
-            "fma.rn.f16x2 u, u, $10, $9",
             f"lop3.b32 ${j}, t, {_SIGNS}, u, {_AND_XOR}",
         ]
     return _asm(*lines)
@@ -246,7 +228,7 @@ def _e4m3() -> str:
 
 _ASSEMBLY = {
     "turbo": (_turbo(), 4, 5), "lm4": (_lm4(), 4, 4), "lm3": (_lm3(), 8, 5),
-    "lm2": (_lm2() if LM2_BY_MASKS else _lm2_by_products(), 8, 2), "int8": (_int8(), 2, 2),
+    "lm2": (_lm2(), 8, 2), "int8": (_int8(), 2, 2),
     "int4": (_int4(), 4, 2), "fp8": (_fp8(), 2, 1), "e4m3": (_e4m3(), 2, 1),
 }  # fmt: skip
 """scheme -> instructions, registers that they fill, operands that they need beside the word."""
@@ -292,7 +274,6 @@ def _types(scheme: str) -> tuple:
 
 
 _SMALL, _LARGE = tl.constexpr(LEVELS[2][2]), tl.constexpr(LEVELS[2][3])
-_BY_MASKS = tl.constexpr(LM2_BY_MASKS)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 _LARGEST_NORM = tl.constexpr(20000.0)
 """Norms are clamped to it: times the largest level they stay finite in fp16. No model's vectors get there."""
@@ -333,7 +314,7 @@ def unpacked(word, high, first, second, SCHEME: tl.constexpr):
         elif SCHEME == "lm4":
             x = -x
         elif SCHEME == "lm2":
-            y = x * (_LARGE if _BY_MASKS else _LARGE - _SMALL)
+            y = x * _LARGE
             x = x * _SMALL
     # each number twice in a register
     x = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
@@ -344,7 +325,7 @@ def unpacked(word, high, first, second, SCHEME: tl.constexpr):
         )  # fmt: skip
     if SCHEME == "turbo" or SCHEME == "lm2" or SCHEME == "int8" or SCHEME == "int4":
         y = (y.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
-        numbers_of_row += [x ^ y if SCHEME == "lm2" and _BY_MASKS else y]
+        numbers_of_row += [x ^ y if SCHEME == "lm2" else y]
     operands = [word]
     if SCHEME == "lm3":
         operands += [high.to(tl.int32)]

@@ -31,9 +31,7 @@ def operands(scheme: str, meta: torch.Tensor) -> list[np.ndarray]:
         return made + [pair(-first * second)] * (scheme == "turbo")
     if scheme == "lm2":
         small, large = LEVELS[2][2:]
-        if unpack.LM2_BY_MASKS:
-            return [pair(first * small), pair(first * small) ^ pair(first * large)]
-        return [pair(first * small), pair(first * (large - small))]
+        return [pair(first * small), pair(first * small) ^ pair(first * large)]
     if scheme in ("fp8", "e4m3"):
         return [pair(first * 256 if scheme == "fp8" else first)]
     return [pair(first), pair(second)]
