@@ -318,18 +318,21 @@ def unpacked(word, high, first, second, SCHEME: tl.constexpr):
             x = x * _SMALL
     # each number twice in a register
     x = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
-    numbers_of_row = (x,)
-    if tables(SCHEME) != "":
-        numbers_of_row = tl.inline_asm_elementwise(
-            tables(SCHEME), "=&r,=&r,=&r,=&r,r", [x], (tl.int32,) * 4, True, 1
-        )  # fmt: skip
-    if SCHEME == "turbo" or SCHEME == "lm2" or SCHEME == "int8" or SCHEME == "int4":
-        y = (y.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
-        numbers_of_row = (*numbers_of_row, x ^ y if SCHEME == "lm2" else y)
     operands = [word]
     if SCHEME == "lm3":
         operands += [high.to(tl.int32)]
-    operands += [tl.broadcast_to(x[:, None], (N, W)) for x in numbers_of_row]
+    if tables(SCHEME) != "":
+        made = tl.inline_asm_elementwise(
+            tables(SCHEME), "=&r,=&r,=&r,=&r,r", [x], (tl.int32,) * 4, True, 1
+        )  # fmt: skip
+        operands += [tl.broadcast_to(table[:, None], (N, W)) for table in made]
+    else:
+        operands += [tl.broadcast_to(x[:, None], (N, W))]
+    if SCHEME == "turbo" or SCHEME == "lm2" or SCHEME == "int8" or SCHEME == "int4":
+        y = (y.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+        if SCHEME == "lm2":
+            y = x ^ y
+        operands += [tl.broadcast_to(y[:, None], (N, W))]
     r = tl.inline_asm_elementwise(
         assembly(SCHEME), _constraints(SCHEME), operands, _types(SCHEME), True, 1
     )  # fmt: skip
