@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvq_kernels import warp_ptx as ptx
+from kvq_kernels.batches import planned
 from kvq_kernels.exponent import LOG2E, cap, exponent_unit
 from kvq_kernels.layout import PageLayout
 from kvq_kernels.quantize_store import has_e4m3
@@ -625,7 +626,7 @@ def plan(
     tile, warps = _shape(key, value, layout.key_dim)
     ring = ptx.ring_bytes(key, value, layout.key_dim, tile, 2) + 128
     room = min(warps, _power_of_two(shared // ring))
-    sequences = requests * layout.num_kv_heads
+    sequences = planned(requests) * layout.num_kv_heads
     least = _FEW_TOKENS
     while least < _MIN_TOKENS and sequences * longest > multiprocessors * _SCHEDULERS * least:
         least *= 2

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvq_core.engine.inputs import Sizes, StepInputs
+from kvq_kernels.batches import planned
 
 MOST_CHUNKS = 16
 """Prompt chunks in a captured step; steps with more run eagerly."""
@@ -25,9 +26,8 @@ class Forward(Protocol):
 
 
 def decode_sizes(most: int) -> list[int]:
-    """Batch sizes that get a graph: 1, 2, 4, then multiples of 8, of 16 from 64 on, and `most` itself."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, most + 1, 16), most]
-    return sorted({s for s in sizes if s <= most})
+    """Batch sizes that get a graph: those that decodes are planned for, and `most` itself."""
+    return sorted({min(planned(n), most) for n in range(1, most + 1)})
 
 
 def mixed_sizes(most: int, history: bool) -> list[int]:

@@ -15,7 +15,7 @@ from kvq_core.attention import StepContext, forward_context
 from kvq_core.batch import Batch, GroupTables
 from kvq_core.cache.paged import PagedCache
 from kvq_core.engine.fidelity import Fidelity
-from kvq_core.engine.graphs import StepGraphs
+from kvq_core.engine.graphs import ANY, StepGraphs
 from kvq_core.engine.inputs import Sizes, StepInputs, pack
 from kvq_core.engine.logprobs import TokenLogprob, log_probabilities, to_list
 from kvq_core.engine.sampler import Draw, sample
@@ -129,7 +129,9 @@ class ModelRunner:
             inputs, logits = self.graphs.run(work.sizes, self._pinned(work.packed), eager=work.measured)
         else:
             inputs = StepInputs.unpack(self._upload(work.packed), work.sizes)
-            logits = self._forward(inputs, work.max_chunk, work.max_history, work.max_context, padded=False)
+            # a graph's bound: the decodes' kernels are then those that were compiled for graphs
+            longest = work.max_context if self.graphs is None else ANY
+            logits = self._forward(inputs, work.max_chunk, work.max_history, longest, padded=False)
         for key, row in work.raw_out:
             self.cache.raw_out(key, row)
         if work.measured:

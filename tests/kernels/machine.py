@@ -205,6 +205,11 @@ class Warp:
         to, *sources = line.operands
         kind = _type(name)
         values = [self.value(x, _source_type(name, i, kind)) for i, x in enumerate(sources)]
+        if head == "setp" and kind == "f16x2":  # a predicate for each half
+            for i, half in enumerate(to.split("|")):
+                halves = [x.view(np.float16)[i::2] for x in values]
+                self.assign(half, compute(name, halves), active)
+            return
         self.assign(to, compute(name, values), active)
 
     def value(self, name: Any, kind: str) -> np.ndarray:
@@ -659,7 +664,8 @@ def run_kernel(
 ) -> Counter[str]:
     """Launch a kernel: arguments are tensors, ints and floats, in the order of the PTX's parameters.
 
-    Programs run in a random order; they have so many warps, and `shared_bytes` beside what they declare.
+    Programs run in a random order, and so do, from barrier to barrier, their warps; they have `shared_bytes`
+    beside what they declare.
     Returns the sum of all warps' `counts`.
     """
     program, memory = parse(ptx), Memory()
@@ -673,13 +679,14 @@ def run_kernel(
     size = shared_bytes + sum(-(-n // 128) * 128 for n in program.shared.values())
     x, y, z = (*grid, 1, 1)[:3]
     counts: Counter[str] = Counter()
-    for index in np.random.default_rng(seed).permutation(x * y * z).tolist():
+    generator = np.random.default_rng(seed)
+    for index in generator.permutation(x * y * z).tolist():
         place, shared = (index % x, index // x % y, index // x // y), np.full(size, 0xFF, U8)
         members = [Warp(program, values | _special(i, warps, place), memory, shared) for i in range(warps)]
         runs = [warp.run() for warp in members]
         ready, waiting = list(range(warps)), {}
         while ready:
-            at = {i: next(runs[i], None) for i in ready}
+            at = {i: next(runs[i], None) for i in generator.permutation(ready).tolist()}
             waiting |= {i: barrier for i, barrier in at.items() if barrier}
             arrived = Counter(waiting.values())
             full = [x for x in arrived if arrived[x] == (x[1] or warps)]
