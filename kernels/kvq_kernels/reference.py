@@ -237,7 +237,8 @@ def paged_decode(
     attend = _Decode(pages, layout, scale, window, softcap, sinks, raw, bias)
     if lens is None:
         assert max_context is not None
-        return attend(query.to(work), block_tables, context_lens, rings, max_context).to(query.dtype)
+        longest = min(max_context, block_tables.shape[1] * layout.page_size)
+        return attend(query.to(work), block_tables, context_lens, rings, longest).to(query.dtype)
     out = query.new_empty(*query.shape[:2], layout.value_dim)
     for members in _by_length(lens, layout):
         index = torch.tensor(members, device=query.device)

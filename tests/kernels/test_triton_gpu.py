@@ -217,6 +217,14 @@ def test_many_programs_merge(requests: int) -> None:
             assert (out == out[:1]).all() and out.isfinite().all()
 
 
+def test_float64_knows_no_more_of_contexts_than_a_graph() -> None:
+    """The torch twin: it reads as many pages as tables have."""
+    case = case_of("turbo:lm2", 64, 4, "plain", torch.float64, contexts=CONTEXTS)
+    problem = build(case, dispatch.store, dispatch.store_raw)
+    bounded, known = (decode(problem, dispatch.paged_decode, max_context=n) for n in (1 << 30, 1000))
+    torch.testing.assert_close(bounded, known)
+
+
 STORES = {
     "codec": CODEC_NAMES, "head_dim": (64, 96, 128, 256), "tokens": (7, 600),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
