@@ -240,26 +240,24 @@ def _decode_kernel(
         tl.store(partial2 + out[:, None] * DV + d[None, :], acc2, mask=mask)
 
 
-@triton.jit(do_not_specialize=["splits", "parts"])
+@triton.jit(do_not_specialize=["splits", "parts", "leave"])
 def _merge_kernel(
     out, partial, partial2, stats, sinks, context_lens, projection, back, out_stride, qjl_factor, scale,
-    splits, parts,
-    LEAVE: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr, CAP: tl.constexpr,
+    splits, parts, leave,
+    VALUE: tl.constexpr, ROTATED: tl.constexpr, CAP: tl.constexpr,
     HAS_RAW: tl.constexpr, HAS_SINKS: tl.constexpr, EARLY: tl.constexpr,
     QUERY_HEADS: tl.constexpr, PP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """One request and query head a program: weigh the parts, rotate back, divide.
 
-    LEAVE: rows of context 0 are somebody else's. EARLY: launched while the programs that leave the parts run.
+    leave: rows of context 0 are somebody else's. EARLY: launched while the programs that make the parts run.
     All is asked for at once: what parts without tokens left, if anything, is thrown away once it is there.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PP)
     d = tl.arange(0, DVP)
-    kept = d < DV
-    if LEAVE:
-        kept = kept & (tl.load(context_lens + row // QUERY_HEADS) > 0)
+    kept = (d < DV) & (tl.load(context_lens + row // QUERY_HEADS, mask=leave != 0, other=1) > 0)
     if EARLY:
         gdc_wait()
     m = tl.load(stats + (row * parts + part) * 2, mask=part < parts, other=float("-inf"))
@@ -449,8 +447,8 @@ def paged_decode(
         out, partial, partial2, stats, stats if sinks is None else sinks, context_lens,
         value_projection(layout.value, value_dim, device), rotation(layout.value, value_dim, device),
         out.stride(1), qjl_scale(value_dim),
-        scale, splits, parts,
-        LEAVE=leave, VALUE=layout.value.scheme, ROTATED=layout.value.rotated, CAP=softcap > 0,
+        scale, splits, parts, int(leave),
+        VALUE=layout.value.scheme, ROTATED=layout.value.rotated, CAP=softcap > 0,
         HAS_RAW=raw is not None, HAS_SINKS=sinks is not None, EARLY=early, QUERY_HEADS=query_heads,
         PP=triton.next_power_of_2(parts),
         DV=value_dim, DVP=triton.next_power_of_2(value_dim),

@@ -359,13 +359,14 @@ def _store_part(
 
 @gluon.jit(
     do_not_specialize=["table_stride", "window", "sequences", "splits", "parts", "group", "min_tiles"]
-    + ["by1", "by2", "by4", "by7"]
+    + ["leave", "by1", "by2", "by4", "by7"]
 )
 def _warp_decode_kernel(
     query, pages, tables, context_lens, partial, stats, out, sinks,
     query_stride, query_head_stride, out_stride, out_head_stride, page_stride, table_stride,
-    scale, softcap, window, sequences, splits, parts, group, min_tiles, by1, by2, by4, by7,
-    MERGE: tl.constexpr, LEAVE: tl.constexpr, EARLY: tl.constexpr, HAS_SINKS: tl.constexpr,
+    scale, softcap, window, sequences, splits, parts, group, min_tiles, leave,
+    by1, by2, by4, by7,
+    MERGE: tl.constexpr, EARLY: tl.constexpr, HAS_SINKS: tl.constexpr,
     VALUE_ROTATED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr,
     VALUE_OFFSET: tl.constexpr, META_OFFSET: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
@@ -374,7 +375,7 @@ def _warp_decode_kernel(
 ):  # fmt: skip
     """Teams of TEAM warps, each for one of `splits` parts of one request's sequence and one kv head.
 
-    MERGE: there are no other parts. LEAVE: rows of context 0 are somebody else's. EARLY: whoever merges is
+    MERGE: there are no other parts. leave: rows of context 0 are somebody else's. EARLY: whoever merges is
     launched meanwhile, and waits. Scalars that follow from `warp` differ between warps: no operation here is
     the program's as a whole.
     """
@@ -418,11 +419,11 @@ def _warp_decode_kernel(
             kept = (g < group) & (t == 0) & there & (member == 0)
             tl.store(place, lane * 0.0 - float("inf"), mask=kept)
             tl.store(place + 1, lane * 0.0, mask=kept)
-        elif not LEAVE:
+        else:
             zeros = (lane * 0).to(out.dtype.element_ty)
             for i in tl.static_range(D // 4):
                 place = out + g * out_head_stride + (t * (D // 4) + i)
-                tl.store(place, zeros, mask=(g < group) & (part == 0) & there & (member == 0))
+                tl.store(place, zeros, mask=(g < group) & (part == 0) & there & (member == 0) & (leave == 0))
         return
 
     # the first tile is on its way while the query is prepared
@@ -692,8 +693,8 @@ def launch(
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         pages.stride(0), block_tables.stride(0), scale, softcap, window,
         requests * heads, parts, partial.shape[2], query_heads // heads, max(1, least // tile),
-        *ptx.POWERS,
-        MERGE=merge, LEAVE=leave, EARLY=early and not merge, HAS_SINKS=sinks is not None,
+        int(leave), *ptx.POWERS,
+        MERGE=merge, EARLY=early and not merge, HAS_SINKS=sinks is not None,
         VALUE_ROTATED=layout.value.rotated, KEY=key, VALUE=value, ROTATED=layout.key.rotated,
         VALUE_OFFSET=layout.value_offset, META_OFFSET=layout.meta_offset, BLOCK_BYTES=layout.block_bytes,
         WINDOW=window > 0, CAP=softcap > 0, SINK=sink, RECENT=recent,

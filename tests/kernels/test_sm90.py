@@ -75,6 +75,20 @@ def test_decode(axes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     check(out, problem)
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+def test_rows_without_context_are_left_to_others(splits: int) -> None:
+    """Zeros where the result is new; in a given one they stay what they are."""
+    axes = {"codecs": "turbo:lm2", "head_dim": 64, "group": 3, "dtype": torch.bfloat16, "feature": "plain"}
+    problem = problem_of(axes, contexts=(200, 0, 65))
+    with recording(paged_decode, warp_decode, run=True):
+        new = decode(problem, paged_decode.paged_decode, splits=splits)
+        given = torch.full_like(new, 7.0)
+        decode(problem, paged_decode.paged_decode, splits=splits, out=given)
+    check(new, problem)
+    assert (new[1] == 0).all() and (given[1] == 7).all()
+    assert torch.equal(given[[0, 2]], new[[0, 2]])
+
+
 @pytest.mark.parametrize(
     ("codecs", "requests", "kv_heads", "longest", "expected"),
     [
