@@ -123,8 +123,10 @@ class Pipeline:
     def set_policy(self, config: "EngineConfig | int | str | Policy") -> None:
         """Start a new engine on the same model, with another policy or configuration.
 
-        Running streams end. Where the new engine can't start, the old configuration comes back.
+        Running streams end. Where the new engine can't start, the old configuration comes back. Raises
+        `KvqError` once the pipeline is closed.
         """
+        _ = self.engine
         if not isinstance(config, EngineConfig):
             config = self._asked.replace(policy=config, sink=None, recent=None, layers=())
         self.close()

@@ -360,8 +360,9 @@ def test_a_closed_pipeline_says_so(model: LoadedModel) -> None:
     pipe = pipeline(model, CONFIG)
     pipe.close()
     pipe.close()
-    with pytest.raises(KvqError, match="closed"):
-        pipe("Hi")
+    for use in (lambda: pipe("Hi"), lambda: pipe.set_policy(8)):
+        with pytest.raises(KvqError, match="closed"):
+            use()
 
 
 # Text while tokens arrive
