@@ -626,7 +626,7 @@ def plan(
     key, value = _schemes(layout)
     tile, warps = _shape(key, value, layout.key_dim)
     ring = ptx.ring_bytes(key, value, layout.key_dim, tile, 2) + 128
-    room = min(warps, _power_of_two(shared // ring))
+    room = min(warps, shared // ring // _SCHEDULERS * _SCHEDULERS)
     sequences = planned(requests) * layout.num_kv_heads
     least = _FEW_TOKENS
     while least < _MIN_TOKENS and sequences * longest > multiprocessors * _SCHEDULERS * least:
@@ -635,19 +635,14 @@ def plan(
         least = tile
     wanted = splits or max(1, min(room * multiprocessors // sequences, longest // least, 128))
     full = sequences * wanted > (1 - _MOST_IDLE) * room * multiprocessors
-    most = room if full else _SCHEDULERS
-    team = min(most, _power_of_two(wanted))
+    most = room & -room if full else _SCHEDULERS
+    team = min(most, 1 << wanted.bit_length() - 1)
     parts = 1
     if team < (1 - _MOST_IDLE) * wanted:
         while wanted % team > wanted // 8:
             team //= 2
         parts = wanted // team
     return Plan(parts, team, most if full and team > 1 else team, least, min(tile, least))
-
-
-def _power_of_two(n: int) -> int:
-    """The largest up to n."""
-    return 1 << n.bit_length() - 1
 
 
 def merges(out: Tensor, parts: int) -> bool:
