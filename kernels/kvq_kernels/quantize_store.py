@@ -7,13 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_kernels.bits import (
-    multiply_rows,
-    signs_of_hadamard,
-    walsh,
-    walsh_by_products,
-    walsh_operand,
-)
+from kvq_kernels.bits import multiply_rows, signs_of_hadamard, walsh, walsh_by_products, walsh_operand
 from kvq_kernels.codebook import qjl_projection
 from kvq_kernels.encode import (
     PARTS,

@@ -299,6 +299,18 @@ class _Code:
                 x[i] = self.do("fma.rn.f32", own, sign, other, kind="f")
         return x
 
+    def unpack_query(self, words: Sequence[str], dtype: str, zero: str) -> list[str]:
+        """Pairs of `dtype` in words -> float32 numbers."""
+        x: list[str] = []
+        for word in words:
+            if dtype == "bf16":
+                x += [self.do("prmt.b32", word, zero, two, kind="f") for two in ("0x1044", "0x3244")]
+            else:
+                low, high = self.new("h"), self.new("h")
+                self.add(f"mov.b32 {{{low}, {high}}}, {self.do('xor.b32', word, zero)}")
+                x += [self.do("cvt.f32.f16", half, kind="f") for half in (low, high)]
+        return x
+
     def rotate_query(self, words: Sequence[str], t: str, dtype: str, zero: str) -> list[str]:
         """The Walsh-Hadamard transform of a head's quarters in four lanes, pairs of `dtype` in words ->
         float32 numbers in the same order, not normalised.
@@ -685,16 +697,7 @@ class _Blocks:
             for output, value in zip(outputs, (*words, *("0x3f800000",) * 2, *("0",) * 4), strict=True):
                 code.add(f"mov.b32 {output}, {value}")
             return code.text()
-        x = code.rotate_query(words, t, dtype, zero) if rotated else []
-        for word in () if rotated else words:
-            if dtype == "bf16":
-                x += [
-                    code.do("prmt.b32", word, zero, selector, kind="f") for selector in ("0x1044", "0x3244")
-                ]
-            else:
-                low, high = code.new("h"), code.new("h")
-                code.add(f"mov.b32 {{{low}, {high}}}, {code.do('xor.b32', word, zero)}")
-                x += [code.do("cvt.f32.f16", half, kind="f") for half in (low, high)]
+        x = code.rotate_query(words, t, dtype, zero) if rotated else code.unpack_query(words, dtype, zero)
         largest = code.do("abs.f32", x[0], kind="f")
         for value in x[1:]:
             largest = code.do("max.NaN.f32", largest, code.do("abs.f32", value, kind="f"), kind="f")
