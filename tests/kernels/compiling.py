@@ -44,6 +44,11 @@ class Launch:
     counts: Counter[str] = field(default_factory=Counter)
     """Instructions that were run, by name, see `machine.py`."""
 
+    @property
+    def variant(self) -> tuple[str, str]:
+        """What else than this has to be compiled anew."""
+        return self.name, repr((self.constants, self.attributes, self.options))
+
     def compile(self, capability: int):
         kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
         source = kind(self.kernel, self.signature, self.constants, self.attributes)
@@ -66,7 +71,7 @@ class _Recorder:
             if isinstance(value, torch.Tensor):
                 signature[param.name] = _TYPES[value.dtype]
                 attributes[(index,)] = [["tt.divisibility", 16]]
-            elif param.is_constexpr:
+            elif param.is_constexpr or (value == 1 and type(value) is int and not param.do_not_specialize):
                 signature[param.name] = "constexpr"
                 constants[(index,)] = value
             elif isinstance(value, float):
@@ -79,7 +84,7 @@ class _Recorder:
         self.launches.append(launch)
         if self.run:
             compiled = launch.compile(90)
-            arguments = [values[param.name] for param in self.kernel.params if not param.is_constexpr]
+            arguments = [values[name] for name, kind in signature.items() if kind != "constexpr"]
             launch.counts = run_kernel(
                 compiled.asm["ptx"], grid, arguments, options.get("num_warps", 4), compiled.metadata.shared
             )

@@ -11,9 +11,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("a process that interprets kernels can't compile them", allow_module_level=True)
 
 from kvq_core.codecs import get_codec
-from kvq_core.engine.graphs import ANY, decode_sizes
+from kvq_core.engine.graphs import ANY, decode_sizes, mixed_sizes
 from kvq_core.policies import CODEC_NAMES
-from kvq_kernels import paged_decode, quantize_store, reference, warp_decode
+from kvq_kernels import history_gluon, paged_decode, paged_prefill, quantize_store, reference, warp_decode
 from kvq_kernels import warp_ptx as ptx
 from kvq_kernels.layout import PageLayout
 from tests.kernels import compiling, machine
@@ -118,20 +118,52 @@ def test_plan(
         assert plan.warps * (ring + 128) <= memory and plan.warps % plan.team == 0
 
 
+@pytest.mark.parametrize("kv_heads", [1, 4, 32])
 @pytest.mark.parametrize("codecs", ["turbo:lm2", "int8:int8", "none:none"])
-@pytest.mark.parametrize("kv_heads", [1, 4, 8, 32])
-def test_steps_without_a_graph_need_no_other_kernel(codecs: str, kv_heads: int) -> None:
-    """Nothing is compiled while requests wait: plans make of a kernel what graphs were captured with."""
+def test_steps_without_a_graph_need_no_other_kernel(
+    codecs: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is compiled while requests wait: large steps launch what graphs were captured with."""
+    for module in (paged_decode, paged_prefill):
+        monkeypatch.setattr(module, "_multiprocessors", lambda device: 132)
     key, value = (get_codec(name) for name in codecs.split(":"))
     layout = PageLayout(key, value, 64, kv_heads, 128, 128, torch.bfloat16)
-    kernels = [
-        {
-            (1 << (plan.parts - 1).bit_length(), *plan[1:])
-            for plan in (warp_decode.plan(n, layout, ANY, 132, 227 << 10, None) for n in sizes)
-        }
-        for sizes in (decode_sizes(300), range(1, 301))
-    ]
-    assert kernels[0] == kernels[1]
+    pages, scale = layout.empty_pages(1, "cpu"), 0.1
+
+    def tensors(count: int, *heads: int) -> list[torch.Tensor]:
+        return [torch.empty(count, n, 128, dtype=torch.bfloat16) for n in heads]
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    def decodes(count: int, beside_chunks: bool) -> None:
+        query, out = tensors(count, 32, 32)
+        paged_decode.paged_decode(
+            query, pages, numbers(count, 640), numbers(count), layout, scale=scale, max_context=ANY,
+            out=out if beside_chunks else None,
+        )  # fmt: skip
+
+    def chunks(tokens: int, count: int, longest: int, history: int) -> None:
+        query, out, k, v = tensors(tokens, 32, 32, kv_heads, kv_heads)
+        paged_prefill.paged_prefill(
+            query, k, v, pages, numbers(count, 640), numbers(count + 1), numbers(count), layout,
+            max_chunk=longest, max_history=history, scale=scale, out=out,
+        )  # fmt: skip
+
+    modules = paged_decode, warp_decode, paged_prefill, history_gluon
+    with recording(*modules) as captured:
+        for size in decode_sizes(300):
+            decodes(size, False)
+        for history in (False, True):
+            for size in mixed_sizes(2048, history):
+                chunks(size, min(16, size), size, ANY if history else 0)
+                decodes(min(300, size), True)
+    with recording(*modules) as launched:
+        for count in range(1, 301):
+            decodes(count, True)
+        for step in ((8192, 43, 1200, 0), (3840, 22, 700, 150), (8192, 60, 8000, 33), (2500, 3, 2000, 8192)):
+            chunks(*step)
+    assert {launch.variant for launch in launched} <= {launch.variant for launch in captured}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
