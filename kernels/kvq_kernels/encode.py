@@ -157,7 +157,7 @@ def _pack(code, COUNT: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr):
 
 @triton.jit
 def _sum(code, COUNT: tl.constexpr, BITS: tl.constexpr):
-    """The same as floats, before what is around MIDDLE is around 0."""
+    """code [R, DP], COUNT of it times their places in 16 bits -> sums [R, DP / COUNT] float32."""
     place = (1 << (tl.arange(0, COUNT) * BITS)).to(tl.float32)
     return tl.sum(tl.reshape(code, (code.shape[0], code.shape[1] // COUNT, COUNT)) * place[None, None, :], 2)
 

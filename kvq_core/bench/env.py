@@ -40,8 +40,13 @@ def collect_env(*, seed: int, device: str = "cpu", command: Sequence[str] | None
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """The command as typed, absolute paths cut to their last part: a record tells nothing of a disk."""
-    return shlex.join(["kvq", *(_shorten(argument) for argument in argv[1:])])
+    """`kvq` or a script of the repository, and its arguments as typed.
+
+    Absolute paths are cut to their last part: a record tells nothing of a disk.
+    """
+    program = Path(argv[0]).resolve()
+    name = f"scripts/{program.name}" if program.parent.name == "scripts" else "kvq"
+    return shlex.join([name, *(_shorten(argument) for argument in argv[1:])])
 
 
 def _shorten(argument: str) -> str:

@@ -28,6 +28,7 @@ def test_commands_are_shown_without_paths():
         "4",
     ]
     assert env.command_line(argv) == "kvq compare --dataset-path x.json --output=o.json -c 4"
+    assert env.command_line(["/opt/kvq/scripts/soak", "--clients", "2"]) == "scripts/soak --clients 2"
     assert (
         env.command_line(["kvq", "compare", "my file.json", "a/b.json"])
         == "kvq compare 'my file.json' a/b.json"

@@ -163,6 +163,7 @@ def test_steps_without_a_graph_need_no_other_kernel(
             decodes(count, True)
         for step in ((8192, 43, 1200, 0), (3840, 22, 700, 150), (8192, 60, 8000, 33), (2500, 3, 2000, 8192)):
             chunks(*step)
+    assert launched
     assert {launch.variant for launch in launched} <= {launch.variant for launch in captured}
 
 
