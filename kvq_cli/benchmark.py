@@ -237,12 +237,11 @@ def _work(
 
 def _open_session(output: Path | None, as_list: bool, resume: bool) -> Session:
     """A session that goes on from the output file, where that is wanted and there is one."""
-    from kvq_core.bench.record import read_records, read_rows
+    from kvq_core.bench.record import read_with_rows
 
     if not (resume and output and output.exists()):
         return Session(output, as_list)
-    records = read_records([output])
-    rows = [row for row in read_rows(output) if row.get("run", len(records)) < len(records)]
+    records, rows = read_with_rows([output])
     return Session(output, as_list, records, rows, part=max(record.part or 1 for record in records) + 1)
 
 

@@ -318,11 +318,13 @@ def _check_regressions(comparison: "Comparison", share: float) -> None:
 
 
 def _read(files: list[Path], output: Path | None) -> Session:
-    from kvq_core.bench.record import check_output, read_records
+    from kvq_core.bench.record import check_output, read_records, read_with_rows
 
-    if output:
-        check_output(output)
-    return Session(output, as_list=True, records=read_records(files))
+    if output is None:
+        return Session(None, as_list=True, records=read_records(files))
+    check_output(output)
+    records, rows = read_with_rows(files)
+    return Session(output, as_list=True, records=records, rows=rows)
 
 
 def _check_baseline(baseline: str | None, policies: list[Policy], config: EngineConfig) -> None:

@@ -309,6 +309,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         ) from error
 
 
+def read_with_rows(paths: Iterable[Path]) -> tuple[list[RunRecord], list[dict[str, Any]]]:
+    """The records of all files, and the rows of their requests; `run` numbers the records of all files."""
+    records: list[RunRecord] = []
+    rows = []
+    for path in paths:
+        before, found = len(records), read_records([path])
+        records += found
+        for row in read_rows(path):
+            run = row.get("run")
+            if isinstance(run, int) and 0 <= run < len(found) and row.get("label") == found[run].label:
+                rows.append(row | {"run": before + run})
+    return records, rows
+
+
 def check_output(path: Path, flag: str = "--output") -> None:
     """Make sure, before anything is measured, that `path` can be written; creates its folder."""
     try:

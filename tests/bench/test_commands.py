@@ -199,6 +199,22 @@ def test_compare_loads_once_and_gives_all_the_same_memory(kvq, fakes, tmp_path):
     assert [row["run"] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
 
 
+def test_files_are_joined_with_the_rows_of_their_requests(kvq, fakes, tmp_path):
+    first, second, joined = (tmp_path / f"{name}.json" for name in ("first", "second", "joined"))
+    kvq("compare", "--policies", "0,8", *SMALL, "--output", first)
+    kvq("profile-throughput", "--policy", 42, *SMALL, "--output", second)
+    code, out, _ = kvq("compare", first, second, "--output", joined, "--json")
+    assert code == 0 and json.loads(out) == json.loads(joined.read_text())
+    assert [record["requests_file"] for record in json.loads(out)] == ["joined.requests.jsonl"] * 3
+    rows = [json.loads(line) for line in (tmp_path / "joined.requests.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3
+    assert [row["label"] for row in rows] == ["none"] * 3 + ["int8"] * 3 + ["turbo"] * 3
+    before = joined.read_text(), rows
+    kvq("compare", joined, "--output", joined)
+    rows = [json.loads(line) for line in (tmp_path / "joined.requests.jsonl").read_text().splitlines()]
+    assert (joined.read_text(), rows) == before
+
+
 def test_an_open_loop(kvq, fakes):
     load = ("--request-rate", 500, "--burstiness", 0.5, "--num-prompts", 4)
     code, out, _ = kvq("profile-throughput", *load, "--json")
