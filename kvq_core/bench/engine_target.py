@@ -6,6 +6,7 @@ from typing import Any
 from kvq_core.bench.target import BenchRequest, Event, TargetInfo, Usage
 from kvq_core.config import SamplingParams
 from kvq_core.engine.engine import Engine
+from kvq_core.engine.scheduler import Step
 from kvq_core.errors import KvqError
 
 
@@ -17,6 +18,8 @@ class EngineTarget:
         self._ids: dict[int, int] = {}
         """engine request -> benchmark request"""
         self._refused: list[Event] = []
+        self._step: Step | None = None
+        """What the last `poll` ran."""
 
     def info(self) -> TargetInfo:
         config = self.engine.config
@@ -54,10 +57,13 @@ class EngineTarget:
     def poll(self, timeout: float) -> list[Event]:
         events, self._refused = self._refused, []
         if not self.engine.has_work:
+            self._step = None
             if not events and timeout > 0:
                 time.sleep(timeout)
             return events
-        for output in self.engine.step():
+        outputs = self.engine.step()
+        self._step = self.engine.latest_step
+        for output in outputs:
             index = self._ids[output.request_id]
             if output.finished:
                 del self._ids[output.request_id]
@@ -71,8 +77,8 @@ class EngineTarget:
                 del self._ids[request_id]
 
     def usage(self) -> Usage:
-        load = self.engine.load
-        return Usage(self.engine.cache.blocks.tokens, load.running, load.waiting)
+        of = self._step or self.engine.load
+        return Usage(self.engine.cache.blocks.tokens, of.running, of.waiting)
 
     def reset_stats(self) -> None:
         self.engine.reset_stats()

@@ -212,14 +212,15 @@ def run_load(
                     free.append(trace.ended)
             if not waiting and not running:
                 break
-            if timeline.is_due(now := clock()):
-                timeline.add(now, len(running), target.usage())
+            in_flight = len(running)
             until_due = result.start + waiting[0][0] - clock() if waiting and free else math.inf
             events = [
                 event
                 for event in target.poll(min(max(until_due, 0.0), POLL_SECONDS))
                 if event.index in running
             ]
+            if timeline.is_due(now := clock()):
+                timeline.add(now, in_flight, target.usage())
             for event in events:
                 trace = traces[event.index]
                 if trace.ended is not None:

@@ -66,6 +66,7 @@ def average(runs: Sequence[RunRecord]) -> RunRecord:
     if first.repeat is None:
         return first
     means, intervals = _means([run.metrics for run in runs])
+    notes = dict.fromkeys(part for run in runs if run.note for part in run.note.split("; "))
     errors: dict[str, int] = {}
     for run in runs:
         for error, count in run.errors.items():
@@ -74,9 +75,10 @@ def average(runs: Sequence[RunRecord]) -> RunRecord:
         first,
         metrics=means | {key: _sum(runs, key) for key in COUNTS if key in first.metrics},
         intervals={key: half for key, half in intervals.items() if key not in COUNTS},
-        kv=first.kv | _means([run.kv for run in runs])[0],
+        kv=_average_kv([run.kv for run in runs]),
         errors=errors,
         generator_bound=any(run.generator_bound for run in runs),
+        note="; ".join(notes) or None,
         repeat=None,
         quantiles={
             key: [fmean(values) for values in zip(*(run.quantiles[key] for run in runs), strict=True)]
@@ -96,6 +98,20 @@ def _means(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, fl
         if half is not None:
             intervals[key] = half
     return means, intervals
+
+
+def _average_kv(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of the numbers, of those that have them; the rest is the first's. No hits are none, not unknown."""
+    found: dict[str, Any] = {}
+    for run in reversed(runs):
+        found |= run
+    if "prefix_hit_rate" in found:
+        runs = [{"prefix_hit_rate": 0.0} | run for run in runs]
+    for key in found:
+        values = [value for run in runs if isinstance(value := run.get(key), int | float)]
+        if values:
+            found[key] = fmean(values)
+    return found
 
 
 def _sum(runs: Sequence[RunRecord], key: str) -> float:

@@ -51,7 +51,7 @@ class TargetInfo:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a target holds at one moment."""
+    """What a target held while it was polled last."""
 
     kv_tokens: int
     """Tokens in the cache."""
@@ -77,7 +77,8 @@ class Target(Protocol):
     def cancel(self, index: int) -> None: ...
 
     def usage(self) -> Usage | None:
-        """What it holds now; None where that is not known. Called often, so it must be quick."""
+        """What it held during the last `poll`; None where that is not known. Called often, so it must be
+        quick."""
         ...
 
     def reset_stats(self) -> None:

@@ -5,26 +5,39 @@ from typing import Any
 
 from kvq_core.bench.target import Usage
 
+INTERVAL = 0.005
+"""Seconds from which on something new is looked at."""
 MOST = 256
-"""Samples kept; beyond them every other one is dropped, and sampling is half as frequent."""
+"""Samples kept; beyond them every other one is dropped, and they are half as frequent."""
 
 
 @dataclass
 class Timeline:
-    """Samples of one run, evenly spaced however long it takes."""
+    """Samples of one run, evenly spaced however long it takes, each of the time since the one before."""
 
     start: float
-    interval: float = 0.005
-    """Seconds between samples."""
+    interval: float = INTERVAL
+    """Seconds between samples that are kept."""
     samples: list[tuple[float, int, Usage | None]] = field(default_factory=list)
     """(time, requests in flight, what the target says)."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds that requests ran and that they waited inside the target, added up."""
+
+    def __post_init__(self) -> None:
+        self._seen = self.start
 
     def is_due(self, now: float) -> bool:
-        return not self.samples or now - self.samples[-1][0] >= self.interval
+        return now - self._seen >= INTERVAL
 
     def add(self, now: float, in_flight: int, usage: Usage | None) -> None:
-        """Keep a sample; beyond `MOST`, thin out all of them."""
-        self.samples.append((now, in_flight, usage))
+        """Count what was until now; samples beyond `MOST` are thinned out."""
+        if usage is not None:
+            for name in ("running", "waiting"):
+                passed = getattr(usage, name) * (now - self._seen)
+                self.seconds[name] = self.seconds.get(name, 0.0) + passed
+        self._seen = now
+        if not self.samples or now - self.samples[-1][0] >= self.interval:
+            self.samples.append((now, in_flight, usage))
         if len(self.samples) > MOST:
             self.samples, self.interval = self.samples[::2], self.interval * 2
 
@@ -41,11 +54,6 @@ class Timeline:
         return columns
 
     def means(self) -> dict[str, float]:
-        """Requests that ran and that waited inside the target, on average over the samples."""
-        usages = [usage for _, _, usage in self.samples if usage is not None]
-        if not usages:
-            return {}
-        return {
-            f"mean_{name}": sum(getattr(usage, name) for usage in usages) / len(usages)
-            for name in ("running", "waiting")
-        }
+        """Requests that ran and that waited inside the target, on average over the time."""
+        passed = self._seen - self.start
+        return {f"mean_{name}": seconds / passed for name, seconds in self.seconds.items() if passed > 0}

@@ -79,6 +79,8 @@ class Engine:
         self._depth = 1 if model.device.type == "cuda" else 0
         """Steps that run on the device while the host plans the next."""
         self._in_flight: deque[tuple[Step, PendingTokens]] = deque()
+        self.latest_step: Step | None = None
+        """The one whose tokens `step` returned last."""
         self._requests: dict[int, Request] = {}
         self._next_id = 0
         self._eos = set(model.geometry.eos_token_ids)
@@ -153,7 +155,8 @@ class Engine:
                 self.group.tell("step", self._number, work)
                 self._in_flight.append((step, self.runner.run(work, step)))
             if self._in_flight and (step.is_empty or len(self._in_flight) > self._depth):
-                return self._update(*self._in_flight.popleft())
+                self.latest_step, pending = self._in_flight.popleft()
+                return self._update(self.latest_step, pending)
         if step.is_empty and self.scheduler.has_work:
             raise AssertionError("the scheduler has work but plans no step")
         return []

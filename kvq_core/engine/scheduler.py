@@ -92,6 +92,10 @@ class Step:
     """Indices of the decodes whose next token is new."""
     sampled_chunks: list[int] = field(default_factory=list)
     """Indices of the chunks that end in a new token."""
+    running: int = 0
+    """Requests that have a part in it."""
+    waiting: int = 0
+    """Requests that could have one, and have none: those that were preempted, too."""
 
     @property
     def is_empty(self) -> bool:
@@ -183,6 +187,10 @@ class Scheduler:
             if not self.swapped:
                 self._admit(step, budget)
         step.sort_decodes()
+        chunked = {chunk.request.id for chunk in step.chunks}
+        left_out = sum(r.is_prefilling and r.id not in chunked for r in self.running)
+        step.running = len(step.decodes) + len(chunked)
+        step.waiting = len(self.waiting) + len(self.swapped) + left_out
         return step
 
     def finish(self, request: Request) -> None:

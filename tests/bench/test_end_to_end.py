@@ -55,6 +55,9 @@ def test_compare_on_a_real_engine(tiny, tmp_path):
     assert [record["label"] for record in records] == ["none", "int8", "int4", "turbo"]
     for record in records:
         assert record["complete"] and record["completed"] == 8 and record["failed"] == 0
+        # Little's law: requests there on average are their rate times the seconds that each takes.
+        there = record["request_throughput"] * record["mean_e2el_ms"] / 1e3
+        assert record["mean_running"] + record["mean_waiting"] == pytest.approx(there, rel=0.15)
         assert record["model"]["name"] == "tiny" and str(tmp_path) not in json.dumps(record)
         assert record["total_output_tokens"] == sum(
             row["output_len"] for row in rows(tmp_path, record["label"])

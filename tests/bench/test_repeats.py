@@ -48,6 +48,15 @@ def test_means_and_sums(repeated):
     assert not {"completed", "duration"} & set(mean.intervals)
 
 
+def test_what_only_a_later_run_found_is_kept(repeated):
+    first, second = repeated[0], repeated[2]
+    first = replace(first, kv=first.kv | {"fidelity": {"window": 8}}, note="mine")
+    second = replace(second, kv=second.kv | {"prefix_hit_rate": 0.8}, note="mine; warm")
+    mean = average([first, second])
+    assert mean.kv["prefix_hit_rate"] == pytest.approx(0.4) and mean.kv["fidelity"] == {"window": 8}
+    assert mean.kv["capacity_tokens"] == 100 and mean.note == "mine; warm"
+
+
 def test_a_comparison_has_a_row_a_policy_and_a_document_a_run(repeated):
     comparison = compare_records(repeated)
     assert comparison.names == ["0 none", "42 turbo"]
