@@ -15,6 +15,8 @@ import h11
 import httpx
 
 CONNECT_SECONDS = 10.0
+STALE_SECONDS = 0.25
+"""A server that hung up on an idle connection is heard of this soon after a request is sent on it."""
 
 Arrival = tuple[int, float, "h11.Response | h11.Data | h11.EndOfMessage | OSError | h11.RemoteProtocolError"]
 """(key of the request, seconds on the clock of `time.perf_counter`, what came); an exception is the last."""
@@ -136,7 +138,7 @@ class HttpClient:
             if not data and connection in self._idle:
                 self._idle.remove(connection)
             return []
-        if not data and connection.is_stale:
+        if not data and connection.was_stale(at):
             del self._busy[key]
             assert connection.sent
             self._connect(key, *connection.sent)
@@ -164,13 +166,13 @@ class _Connection(asyncio.Protocol):
         self._http = h11.Connection(h11.CLIENT)
         self._used = False
         self._answered = False
+        self._sent_at = 0.0
         self.key: int | None = None
         self.sent: tuple[h11.Request, bytes] | None = None
 
-    @property
-    def is_stale(self) -> bool:
+    def was_stale(self, now: float) -> bool:
         """Whether the server hung up on it while nothing was asked: then the request has not been seen."""
-        return self._used and not self._answered
+        return self._used and not self._answered and now - self._sent_at < STALE_SECONDS
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -184,6 +186,7 @@ class _Connection(asyncio.Protocol):
 
     def send(self, key: int, request: h11.Request, body: bytes) -> None:
         self.key, self.sent, self._answered = key, (request, body), False
+        self._sent_at = time.perf_counter()
         pieces = (self._http.send(event) for event in (request, h11.Data(data=body), h11.EndOfMessage()))
         self._transport.write(b"".join(piece for piece in pieces if piece))
 

@@ -19,6 +19,8 @@ from kvq_core.errors import KvqError, UsageError
 APIS = {"completions": "/completions", "chat": "/chat/completions"}
 """Name -> path under the base URL."""
 REASON_LENGTH = 160
+SAME_TOKENS = 0.75
+"""Tokens are merged differently in an answer's text than while it was generated; to this share at least."""
 MOST_TOKENS = 1 << 40
 """A usage block with more is wrong."""
 
@@ -158,12 +160,13 @@ class HttpTarget:
             cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
             self.cached += CachedTokens(cached, prompt)
             return prompt, tokens
-        if answer.finish_reason == "length":  # as many as were asked for, by the API's definition
-            return request.input_len, request.output_len
-        if self._tokenizer is None:  # a chunk is a token
-            return request.input_len, len(answer.texts)
-        ids = self._tokenizer("".join(answer.texts), add_special_tokens=False)["input_ids"]
-        return request.input_len, len(ids)
+        # At its limit, an answer has what was asked for, or what a limit of the server's own left of it.
+        tokens, at_limit = len(answer.texts), answer.finish_reason == "length"
+        if self._tokenizer is not None:
+            text = "".join(answer.texts)
+            tokens = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            at_limit = at_limit and tokens >= SAME_TOKENS * request.output_len
+        return request.input_len, request.output_len if at_limit else tokens
 
     def _body(self, request: BenchRequest) -> dict[str, Any]:
         prompt: dict[str, Any] = {"prompt": request.prompt}

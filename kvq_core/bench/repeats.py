@@ -101,7 +101,7 @@ def _means(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, fl
 
 
 def _average_kv(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means of the numbers, of those that have them; the rest is the first's. No hits are none, not unknown."""
+    """Means of the numbers, of those that have them (hits of a cache: 0); the rest is the first's."""
     found: dict[str, Any] = {}
     for run in reversed(runs):
         found |= run

@@ -1,5 +1,6 @@
 """How much cache fits: KV groups, bytes per token, pages for a given memory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,9 @@ class CachePlan:
     """The unquantized sink and recent tokens of one running request."""
     elements_per_token: int
     """Numbers in the keys and values of one token, all layers."""
+    unquantized_tokens: int | None = None
+    """Capacity of 2 bytes a number in the same memory, where some layers have windows and others not; else it
+    goes with the bits."""
 
     @property
     def memory_bytes(self) -> int:
@@ -72,7 +76,9 @@ class CachePlan:
     @property
     def capacity_ratio(self) -> float:
         """Capacity against a 2-byte cache in the same memory."""
-        return 16 / self.bits_per_element
+        if self.unquantized_tokens is None:
+            return 16 / self.bits_per_element
+        return self.capacity_tokens / self.unquantized_tokens
 
 
 def check_head_dims(geometry: ModelGeometry, policy: Policy) -> None:
@@ -90,7 +96,7 @@ def page_layout(layer: LayerGeometry, policy: Policy, page_size: int, dtype: tor
 
 def raw_bytes_per_request(geometry: ModelGeometry, policy: Policy, dtype: torch.dtype) -> int:
     """Bytes of the sink and recent tokens of one request, in the model's dtype."""
-    numbers = sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in geometry.layers)
+    numbers = sum(layer.elements for layer in geometry.layers)
     return (policy.sink + policy.recent) * numbers * dtype.itemsize
 
 
@@ -130,15 +136,22 @@ def plan_cache(
         tokens = min(max_model_len, window + prefill_chunk + page_size)
         return min(pages, max_num_seqs * pages_for(tokens, page_size) + 1)
 
-    def size(pages: int) -> int:
-        return sum(share(pages, window) * page_bytes[window, layout] for window, layout in members)
+    def size(pages: int, page_bytes: Mapping[tuple[int, PageLayout], int] = page_bytes) -> int:
+        return sum(share(pages, key[0]) * page_bytes[key] for key in members)
 
-    budget = memory - max_num_seqs * raw
-    low, high = 0, max(0, budget) // min(page_bytes.values())
-    while low < high:  # the most pages whose size fits
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if size(middle) <= budget else (low, middle - 1)
-    pages = low
+    def most(budget: int, page_bytes: Mapping[tuple[int, PageLayout], int]) -> int:
+        """The most pages whose size fits."""
+        low, high = 0, max(0, budget) // min(page_bytes.values())
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if size(middle, page_bytes) <= budget else (low, middle - 1)
+        return low
+
+    pages = most(memory - max_num_seqs * raw, page_bytes)
+    two_bytes = {
+        key: 2 * page_size * sum(geometry.layers[i].elements for i in layers)
+        for key, layers in members.items()
+    }
     groups = tuple(
         GroupPlan(tuple(layers), window, layout, share(pages, window))
         for (window, layout), layers in members.items()
@@ -164,5 +177,6 @@ def plan_cache(
         max_num_seqs=max_num_seqs,
         max_request_tokens=fits,
         raw_bytes_per_request=raw,
-        elements_per_token=sum(g.num_kv_heads * (g.key_dim + g.value_dim) for g in geometry.layers),
+        elements_per_token=sum(layer.elements for layer in geometry.layers),
+        unquantized_tokens=(max(2, most(memory, two_bytes)) - 1) * page_size if mixed else None,
     )

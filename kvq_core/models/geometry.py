@@ -20,6 +20,11 @@ class LayerGeometry:
     window: int = 0
     """A query at t sees keys j > t - window; 0: all of them."""
 
+    @property
+    def elements(self) -> int:
+        """Numbers in the key and value of one token."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
 
 @dataclass(frozen=True)
 class ModelGeometry:

@@ -135,7 +135,7 @@ def effective_bits(geometry: ModelGeometry, policy: Policy, context_len: int) ->
     raw = (policy.sink + policy.recent) / context_len
     size = elements = 0.0
     for layer, own in zip(geometry.layers, policy.by_layer(geometry.num_layers), strict=True):
-        count = layer.num_kv_heads * (layer.key_dim + layer.value_dim)
+        count = layer.elements
         record = get_codec(own.key).bytes_per_vector(layer.key_dim)
         record += get_codec(own.value).bytes_per_vector(layer.value_dim)
         size += layer.num_kv_heads * record + raw * 2 * count

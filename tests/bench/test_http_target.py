@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kvq_core.bench.http_client import STALE_SECONDS
 from kvq_core.bench.http_target import HttpTarget, find_served_model, normalize_url
 from kvq_core.bench.load import Load, run_load
 from kvq_core.bench.metrics import summarize
@@ -188,16 +189,17 @@ def test_chat(server):
 
 @pytest.mark.parametrize(
     ("finish", "tokenizer", "expected"),
-    [("length", True, 4), ("stop", True, 3), ("stop", False, 2)],
-    ids=["as asked for", "by the tokenizer", "by chunks"],
+    [("length", True, 4), ("length", True, 3), ("length", False, 4), ("stop", True, 3), ("stop", False, 2)],
+    ids=["as asked for", "the server's limit", "at a limit", "by the tokenizer", "by chunks"],
 )
 def test_tokens_without_a_usage_block(server, finish, tokenizer, expected):
     server.script = lambda body: [choice("one two"), choice(" three", finish), DONE]
     count = lambda text, *, add_special_tokens: {"input_ids": text.split()}  # noqa: E731
-    request = BenchRequest(0, [1], 1, 4)
+    asked = 5 if (finish, expected) == ("length", 3) else 4
+    request = BenchRequest(0, [1], 1, asked)
     (trace,) = replay(server, [request], tokenizer=count if tokenizer else None).traces
     assert trace.tokens == expected and trace.input_len == 1
-    assert trace.error == (None if expected == 4 else f"ended after {expected} of 4 tokens")
+    assert trace.error == (None if expected == asked else f"ended after {expected} of {asked} tokens")
 
 
 @pytest.mark.parametrize(
@@ -406,6 +408,27 @@ def test_connections_are_kept_and_a_stale_one_is_replaced(bench, raw_server):
     result = replay(types.SimpleNamespace(url=raw_server(serve)), bench.requests(4, output_len=1), Load(1))
     assert [trace.status for trace in result.traces] == ["ok"] * 4
     assert read == [0, 0, 0, 1, 1]
+
+
+def test_who_hangs_up_late_has_seen_the_request(bench, raw_server):
+    """It is not sent again, which would hide that servers drop requests, and load them twice."""
+    read: list[int] = []
+
+    def serve(connection, number):
+        while connection.recv(65536):
+            read.append(number)
+            if len(read) == 2:
+                time.sleep(2 * STALE_SECONDS)
+                return
+            connection.sendall(chunked(choice("a", "length"), usage(1, 1), DONE))
+
+    result = replay(types.SimpleNamespace(url=raw_server(serve)), bench.requests(3, output_len=1), Load(1))
+    assert [trace.error for trace in result.traces] == [
+        None,
+        "the stream broke off (RemoteProtocolError)",
+        None,
+    ]
+    assert read == [0, 0, 1]
 
 
 def test_a_server_by_its_name(bench, server):

@@ -60,6 +60,24 @@ def test_layers_that_are_not_there(rule: str, message: str) -> None:
         get_policy(f"42@{rule}").by_layer(4)
 
 
+def test_capacity_is_against_a_cache_of_two_bytes_whose_windows_are_full_as_well() -> None:
+    """Windows take what they take; what a codec saves there is for the layers without."""
+    layers = tuple(LayerGeometry(1, 64, 64, window) for window in (256, 256, 256, 256, 256, 0))
+    geometry = ModelGeometry(6, layers, 4, 100, 1 << 17, ())
+
+    def plan(spec: str):
+        return plan_cache(
+            geometry, get_policy(spec), 64 << 20, page_size=64, max_num_seqs=64, prefill_chunk=256,
+            max_model_len=1 << 17, dtype=torch.bfloat16,
+        )  # fmt: skip
+
+    none = plan("0")
+    assert none.capacity_ratio == 1
+    for spec in ("8", "4", "42"):
+        ratio = plan(spec).capacity_tokens / none.capacity_tokens
+        assert plan(spec).capacity_ratio == ratio > 16 / plan(spec).bits_per_element
+
+
 def test_the_cache_has_a_layout_for_each_pair() -> None:
     layers = tuple(LayerGeometry(2, 64, 64) for _ in range(4))
     geometry = ModelGeometry(4, layers, 4, 100, 4096, ())
