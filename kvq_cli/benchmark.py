@@ -327,12 +327,13 @@ def _measure(
 
 
 def _check_batch(work: Work, kv: dict[str, Any]) -> None:
-    """Refuse an equal batch that does not fit: it would be no equal batch."""
-    needed = (work.load.concurrency or 0) * work.longest
+    """Refuse an equal batch that does not fit, page by page: it would be no equal batch."""
+    page = kv.get("page_size", 1)
+    needed = (work.load.concurrency or 0) * -(-work.longest // page) * page
     if work.workload.settings.get("mode") == "equal-batch" and needed > kv["capacity_tokens"]:
         raise KvqError(
-            f"--mode equal-batch: {work.load.concurrency} requests of {work.longest:,} tokens do not fit "
-            f"into {kv['capacity_tokens']:,}",
+            f"--mode equal-batch: {work.load.concurrency} requests of {work.longest:,} tokens, in pages of "
+            f"{page}, do not fit into {kv['capacity_tokens']:,}",
             "more --kv-memory, a lower --concurrency, or `--mode equal-memory`, in which requests wait",
         )
 

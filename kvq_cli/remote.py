@@ -196,6 +196,11 @@ def measure_servers(
                 raise
             console.warn(f"{name} was not measured: {error.message}")
             continue
+        except KeyboardInterrupt:  # in the warm-up
+            if not session.records:
+                raise
+            session.interrupted = True
+            break
         session.interrupted = measurement.load.interrupted
         session.add(replace(measurement.record, repeat=repeat if repeats > 1 else None), measurement.rows)
         session.error = session.error or measurement.load.error

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvq_core.bench.breakeven import sentences
-from kvq_core.bench.compare import Comparison
+from kvq_core.bench.breakeven import NOTHING, sentences
+from kvq_core.bench.compare import Comparison, flaw
 from kvq_core.bench.record import RunRecord, read_records
 from kvq_core.bench.report import NAMES, is_on_cpu, number
 from kvq_core.bench.scores import Scheme, collect_scores
@@ -90,8 +90,8 @@ def quality_warnings(comparison: Comparison, quality: Quality) -> list[str]:
 
 def _ruled_out(record: RunRecord, quality: Quality | None, limits: Limits) -> str | None:
     """Which limit a record breaks; None where it keeps them all."""
-    if not record.metrics.get("completed"):
-        return "no request was completed"
+    if reason := flaw(record):
+        return reason
     if limits.max_kl is not None:
         kl = quality.of(record) if quality else None
         if kl is None:
@@ -173,7 +173,9 @@ def _break_even(comparison: Comparison, i: int) -> list[str]:
     ):
         return []
     name = comparison.names[i]
-    if change > 1:
+    if flaw(record) or flaw(base):
+        return []
+    if change - 1 > max(comparison.noise(i, SPEED), NOTHING):
         return [f"break-even: {name} pays at this load already, {change - 1:+.1%} output tok/s"]
     work = record.workload
     length = (work.get("mean_input_len") or 0) + (work.get("mean_output_len") or 0)

@@ -4,8 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvq_core.bench.compare import Comparison
-from kvq_core.bench.repeats import usable
+from kvq_core.bench.compare import Comparison, flaw
 from kvq_core.bench.report import Cell, Table, is_on_cpu, number
 
 KEY = "output_throughput"
@@ -85,7 +84,8 @@ def curves(comparison: Comparison) -> list[Curve]:
         points = [
             (comparison.records[i].concurrency or 0, change, comparison.noise(i, KEY))
             for i in indices
-            if usable(comparison.runs[i]) and (change := comparison.change(i, KEY)) is not None
+            if not (flaw(comparison.records[i]) or flaw(comparison.baselines[i]))
+            and (change := comparison.change(i, KEY)) is not None
         ]
         if len({at for at, _, _ in points}) > 1:
             record = comparison.records[indices[0]]

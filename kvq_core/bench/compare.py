@@ -26,6 +26,9 @@ _REQUESTS = "workload's requests (SHA-256)"
 FULL = 0.75
 """Share of the cache that is in use at a time where memory is the limit, at least; the rest is for growth."""
 _ENGINE_MAY_DIFFER = ("kv_memory", "max_num_seqs", "url", "api")
+"""Parts of the engine that `_conditions` looks at in another way, or that make no difference."""
+MOST_FAILED = 0.01
+"""Share of the requests that may fail before what the others did says nothing of the load."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,9 @@ class Comparison:
         return documents
 
     def regressions(self, share: float) -> list[str]:
-        """What is worse than the baseline's by more than `share` (0.05 is 5%), or was not measured at all."""
-        found = []
+        """What is worse than the baseline's by more than `share` (0.05 is 5%), or was not measured wholly."""
+        flaws = [flaw(record) for record in self.records]
+        found = [f"{name}: {what}" for name, what in zip(self.names, flaws, strict=True) if what]
         for i, (record, base) in enumerate(zip(self.records, self.baselines, strict=True)):
             for key, what in GUARDED.items():
                 change = self.change(i, key)
@@ -117,7 +121,7 @@ class Comparison:
         found += [self._failed(i) for i, record in enumerate(self.records) if record.metrics.get("failed")]
         found += [warning for i in range(len(self.records)) for warning in self._left_out(i)]
         found += [self._late(i) for i, record in enumerate(self.records) if record.generator_bound]
-        found += [self._ran_out(i) for i, record in enumerate(self.records) if _ran_out(record)]
+        found += [self._ran_out(i) for i, runs in enumerate(self.runs) if any(map(_ran_out, usable(runs)))]
         return found + [
             f"records differ in {what}: " + ", ".join(f"{value} ({names})" for value, names in values.items())
             for what, values in self._differences()
@@ -215,6 +219,18 @@ def compare_records(records: Sequence[RunRecord], baseline: str | None = None) -
     return Comparison(records, baselines, runs, measured)
 
 
+def flaw(record: RunRecord) -> str | None:
+    """Why a record's figures are not those of its load; None where they are."""
+    done, failed = (record.metrics.get(key) or 0 for key in ("completed", "failed"))
+    if not done:
+        return "no request was completed"
+    if not record.complete:
+        return "it is incomplete"
+    if failed > MOST_FAILED * (done + failed):
+        return f"{failed:.0f} of {done + failed:.0f} requests failed"
+    return None
+
+
 def _suffixed(name: str, unit: str, value: float | None) -> str:
     return name if value is None else f"{name} {unit}{value}"
 
@@ -244,6 +260,7 @@ def _conditions(records: Sequence[RunRecord]) -> list[tuple[str, Callable[[RunRe
     packages = sorted({name for record in records for name in record.env.get("versions") or {}})
     engine = sorted({name for record in records for name in record.engine} - {*_ENGINE_MAY_DIFFER})
     same_model = len({_model(record) for record in records}) == 1
+    same_load = len({record.concurrency for record in records}) == 1
     # The same text is other token ids to another model, so that only its source can be compared.
     return [
         ("model", _model),
@@ -257,6 +274,8 @@ def _conditions(records: Sequence[RunRecord]) -> list[tuple[str, Callable[[RunRe
         ("concurrency", lambda r: r.concurrency),
         ("seed", lambda r: r.workload.get("seed", r.env.get("seed"))),
         *((f"engine's {name}", _part("engine", name)) for name in engine),
+        ("engine's kv_memory", _memory),
+        *([("engine's max_num_seqs", _part("engine", "max_num_seqs"))] * same_load),
     ]
 
 
@@ -272,6 +291,12 @@ def _ran_out(record: RunRecord) -> bool:
 def _model(record: RunRecord) -> str:
     keys = ("name", "dtype", "load_format")
     return " ".join(str(record.model[key]) for key in keys if record.model.get(key) is not None)
+
+
+def _memory(record: RunRecord) -> str | None:
+    """Of the cache, to two digits: what is free on a GPU differs a little from run to run."""
+    memory = record.engine.get("kv_memory")
+    return None if memory is None else f"{memory / 2**30:.2g} GiB"
 
 
 def _part(*path: str) -> Callable[[RunRecord], Any]:

@@ -140,10 +140,10 @@ def _token_ids(entry: Entry, tokenizer: Tokenizer | None, vocab_size: int, seed:
 
 def make_prefixed(spec: WorkloadSpec, vocab_size: int, *, max_len: int | None) -> Workload:
     """Random token ids: each prompt is one of `num_prefixes` shared beginnings and a part of its own."""
-    total = spec.prefix_len + spec.input_len
-    if max_len is not None and total + spec.output_len > max_len:
+    answer = min(spec.output_len, spec.max_output_len or spec.output_len)
+    if max_len is not None and spec.prefix_len + spec.input_len + answer > max_len:
         raise KvqError(
-            f"a request of {spec.prefix_len} + {spec.input_len} + {spec.output_len} tokens exceeds the "
+            f"a request of {spec.prefix_len} + {spec.input_len} + {answer} tokens exceeds the "
             f"{max_len} that the model holds",
             "a shorter --prefix-len, --input-len or --output-len",
         )

@@ -192,6 +192,8 @@ def run_load(
     free = deque([-math.inf] * min(load.concurrency or len(requests), len(requests)))
     """For every request that may still be sent: since when."""
     cancel_after = load.cancellations(requests)
+    chunks = of_chunks = 0
+    """Pieces of whole answers, and the tokens that their ends told of."""
     stop = result.start + (math.inf if load.duration is None else load.duration)
     ended = tokens = 0
     try:
@@ -228,7 +230,10 @@ def run_load(
                 _record(trace, event)
                 tokens += event.tokens
                 last = max(last, event.time)
-                if trace.ended is None and trace.tokens >= cancel_after.get(trace.index, math.inf):
+                if event.counts is not None:
+                    chunks, of_chunks = chunks + len(trace.arrivals), of_chunks + trace.tokens
+                known = trace.tokens * max(1.0, of_chunks / max(1, chunks))
+                if trace.ended is None and known >= cancel_after.get(trace.index, math.inf):
                     target.cancel(trace.index)
                     trace.cancelled, trace.ended = True, event.time
                 if trace.ended is not None:

@@ -222,7 +222,7 @@ def conditions(record: RunRecord) -> str:
     if work.get("duration_limit_s"):
         text += f", none sent after {work['duration_limit_s']:g} s"
     if work.get("cancel_rate"):
-        text += f", {work['cancel_rate']:.0%} cancelled"
+        text += f", {work['cancel_rate']:.0%} to be cancelled"
     if work.get("goodput"):
         limits = " and ".join(f"{NAMES[name]} ≤ {ms:g} ms" for name, ms in work["goodput"].items())
         text += f"; goodput: {limits}"
@@ -336,8 +336,9 @@ def markdown(
         left, right, *rest = [*speed, last]
         joined = [a + b[1:] for a, b in zip(left.rows, right.rows, strict=True)]
         tables = [Table("", left.columns + right.columns[1:], joined), *rest]
-    remarks = [f"- {note}" for note in [*comparison_notes(comparison), *advice]]
-    remarks += [f"- **warning**: {warning}" for warning in comparison.warnings()]
+    remarks = [*comparison_notes(comparison), *advice]
+    remarks += [f"**warning**: {warning}" for warning in comparison.warnings()]
+    remarks = [f"- {_one_line(remark)}" for remark in remarks]
     return "\n\n".join([*map(_markdown_table, tables), "\n".join(remarks)])
 
 
@@ -345,7 +346,12 @@ def _markdown_table(table: Table) -> str:
     columns = [heading.replace("pre-\n", "pre").replace("\n", " ") for heading in table.columns]
     rows = [[str(cell) for cell in row] for row in table.rows]
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    escaped = [[_one_line(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def frame(comparison: Comparison) -> "DataFrame":

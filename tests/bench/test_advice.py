@@ -7,10 +7,12 @@ import pytest
 
 from kvq_core.bench.advice import Limits, advise, quality_warnings, read_quality
 from kvq_core.bench.compare import compare_records
+from kvq_core.bench.scores import collect_scores
 from kvq_core.errors import KvqError
 
 GPU = {"gpu": "H200"}
 WORK = {"mean_input_len": 60, "mean_output_len": 40}
+SLO = Limits(slo={"ttft": 5000.0})
 KL = {"int8": 0.0003, "int4": 0.1, "turbo": 0.171}
 
 
@@ -45,6 +47,24 @@ def test_equal_speed_is_decided_by_memory(runs, quality):
         "recommended: 8 int8, as quick as any with 2.475 output tok/s, and holding most tokens, "
         "within KL 0.02 (its own: 0.0003); ruled out: 4 int4 (KL 0.1), 42 turbo (KL 0.171)"
     )
+
+
+def test_a_gain_within_the_interval_is_none(bench, quality):
+    base, more = run(bench, "none", 0, 1.0, 1000), run(bench, "int8", 8, 1.04, 1940)
+    noisy = [replace(record, intervals={"output_throughput": 0.1}) for record in (base, more)]
+    assert "pays at this load already, +4.0%" in " ".join(advise(compare_records([base, more]), None, SLO))
+    assert "already" not in " ".join(advise(compare_records(noisy), None, SLO))
+
+
+def test_of_two_texts_the_worse_counts_everywhere(bench, write_json):
+    records = [
+        bench.record("int8").to_dict() | {"kl": kl, "ppl": ppl} for kl, ppl in ((0.5, 9.0), (0.1, 8.0))
+    ]
+    for order in (records, records[::-1]):
+        quality = read_quality([write_json("quality.json", order)])
+        record = quality.records[0]
+        assert quality.of(record) == 0.5
+        assert collect_scores(quality.records).found[record.scheme] == {"kl": 0.5, "ppl": 9.0}
 
 
 def test_speed_comes_first(bench, runs, quality):

@@ -268,7 +268,7 @@ def test_requests_that_run_out_before_the_duration_are_pointed_out(kvq, fakes):
 
 def test_cancelled_requests(kvq, fakes):
     code, out, _ = kvq("profile-throughput", *SMALL, "--cancel-rate", 0.34)
-    assert code == 0 and "34% cancelled" in out
+    assert code == 0 and "34% to be cancelled" in out
 
 
 @pytest.mark.parametrize(("cancelled", "reason"), [(3, "all were cancelled"), (0, "none was sent")])
@@ -383,6 +383,25 @@ def test_a_regression_fails_and_says_what_got_worse(kvq, bench, write_json):
         assert kvq("compare", *fine)[0] == 0
     code, _, err = kvq("compare", files[0], "--fail-on-regression", "5%")
     assert code == 2 and "nothing to compare with" in err
+
+
+@pytest.mark.parametrize(
+    ("flawed", "message"),
+    [
+        ({"complete": False}, "it is incomplete"),
+        ({"failed": 2}, "2 of 4 requests failed"),
+    ],
+)
+def test_what_was_not_measured_as_a_whole_is_no_answer(kvq, bench, write_json, flawed, message):
+    gpu = {"env": {"gpu": "H200"}, "workload": {"mean_input_len": 10, "mean_output_len": 5}}
+    good = write_json("a.json", bench.record("good", None, **gpu).to_dict())
+    bad = write_json("b.json", bench.record("bad", None, speed=2.0, **gpu, **flawed).to_dict())
+    for files in ((good, bad), (bad, good)):
+        code, _, err = kvq("compare", *files, "--fail-on-regression", "5%")
+        assert code == 3 and f"bad: {message}" in err
+    code, out, _ = kvq("compare", good, bad, "--slo", "ttft:5000")
+    assert code == 0 and "recommended: good" in out and f"ruled out: bad ({message})" in out
+    assert "break-even" not in out
 
 
 def test_markdown_warns_on_stderr_too(kvq, bench, write_json):
@@ -626,7 +645,7 @@ def test_an_equal_batch_must_fit(kvq, fakes):
     code, out, _ = kvq(*flags, 1, "--mode", "equal-batch", "--json")
     assert code == 0 and {r["workload"]["mode"] for r in json.loads(out)} == {"equal-batch"}
     code, _, err = kvq(*flags, 2, "--mode", "equal-batch")
-    assert code == 1 and "2 requests of 3 tokens do not fit into 5" in err
+    assert code == 1 and "2 requests of 3 tokens, in pages of 1, do not fit into 5" in err
     assert kvq(*flags, 2)[0] == 0
 
 
