@@ -107,8 +107,9 @@ def compare(
         typer.Option(
             parser=parse_fraction,
             metavar="SHARE",
-            help="Exit with code 3 where output throughput, mean TTFT or mean TPOT is worse than the "
-            "baseline's by more than this share: 0.05 or 5%.",
+            help="Exit with code 3 where output throughput, mean TTFT or mean TPOT is worse by more than this "
+            "share (0.05 or 5%) or was not measured wholly. They are held against the baseline's or, with "
+            "several files, against those of the same policy and load in the first.",
             rich_help_panel=CHECK_PANEL,
         ),
     ] = None,
@@ -192,7 +193,7 @@ def compare(
         _check_capacity(bool(policies), mode, config)
     from kvq_core.bench.advice import Limits, read_quality
     from kvq_core.bench.metrics import parse_limits
-    from kvq_core.bench.record import check_output, write_text
+    from kvq_core.bench.record import check_output, read_records, write_text
 
     limits = Limits(max_kl, parse_limits(slo or (), "--slo"))
     if html:
@@ -271,7 +272,8 @@ def compare(
         console.say(f"wrote {html}")
     session.finish()
     if fail_on_regression is not None:
-        _check_regressions(comparison, fail_on_regression)
+        before = read_records(files[:1]) if files and len(files) > 1 and baseline is None else []
+        _check_regressions(comparison, fail_on_regression, len(before))
 
 
 def _check_sweep(sweep: list[str] | None, resume: bool, measures: bool, output: Path | None) -> list[Point]:
@@ -304,16 +306,18 @@ def _check_capacity(measures: bool, mode: str, config: EngineConfig) -> None:
         )
 
 
-def _check_regressions(comparison: "Comparison", share: float) -> None:
-    if len(comparison.records) == 1:
+def _check_regressions(comparison: "Comparison", share: float, before: int) -> None:
+    pairs = comparison.pairs(before)
+    if not pairs:
         raise UsageError(
-            "--fail-on-regression has nothing to compare with", "give it two records or policies"
+            "--fail-on-regression has nothing to compare with",
+            "give it two records or policies, of the same load",
         )
-    worse = comparison.regressions(share)
+    worse = comparison.regressions(share, pairs)
     if worse:
         raise CheckFailed(
             f"worse than --fail-on-regression {share:.4g} allows: {'; '.join(worse)}",
-            "the changes are against the baseline; --repeats tells chance from change",
+            "than the baseline, or the first file; --repeats tells chance from change",
         )
 
 

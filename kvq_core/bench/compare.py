@@ -100,13 +100,34 @@ class Comparison:
             documents.append(run.to_dict() | {"vs_baseline": {"baseline": name, **relative}})
         return documents
 
-    def regressions(self, share: float) -> list[str]:
-        """What is worse than the baseline's by more than `share` (0.05 is 5%), or was not measured wholly."""
-        flaws = [flaw(record) for record in self.records]
-        found = [f"{name}: {what}" for name, what in zip(self.names, flaws, strict=True) if what]
-        for i, (record, base) in enumerate(zip(self.records, self.baselines, strict=True)):
+    def pairs(self, before: int = 0) -> list[tuple[int, int]]:
+        """(row, row that it must not be worse than): its baseline's.
+
+        Where the first `before` of `measured` are of an earlier state, instead the one of them that has its load
+        and, if there are several, its policy. Rows without such a one are left out.
+        """
+        early = {id(run) for run in self.measured[:before]}
+        earlier = [i for i, runs in enumerate(self.runs) if id(runs[0]) in early]
+        if not earlier:
+            rows = range(len(self.records))
+            return [(i, self._index(self.baselines[i])) for i in rows if not self.is_baseline(i)]
+        found = []
+        for i, record in enumerate(self.records):
+            alike = [j for j in earlier if cell_of(self.records[j]) == cell_of(record)]
+            if len(earlier) > 1:
+                alike = [j for j in alike if self.records[j].policy == record.policy]
+            if i not in earlier and alike:
+                found.append((i, alike[0]))
+        return found
+
+    def regressions(self, share: float, pairs: Sequence[tuple[int, int]]) -> list[str]:
+        """What is worse than its pair's by more than `share` (0.05 is 5%), or was not measured wholly."""
+        rows = sorted({row for pair in pairs for row in pair})
+        found = [f"{self.names[i]}: {what}" for i in rows if (what := flaw(self.records[i]))]
+        for i, j in pairs:
+            record, base = self.records[i], self.records[j]
             for key, what in GUARDED.items():
-                change = self.change(i, key)
+                change = _change(record, base, key)
                 if change is None and base.get(key) and not record.get(key):
                     found.append(f"{self.names[i]}: {what} was not measured")
                 elif (

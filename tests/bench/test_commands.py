@@ -385,6 +385,20 @@ def test_a_regression_fails_and_says_what_got_worse(kvq, bench, write_json):
     assert code == 2 and "nothing to compare with" in err
 
 
+def test_after_is_held_against_before_policy_by_policy(kvq, bench, write_json):
+    def several(name, turbo, **load):
+        records = bench.record(**load), bench.record("turbo", 42, speed=turbo, **load)
+        return write_json(name, [record.to_dict() for record in records])
+
+    before, same, slower = several("a.json", 1.5), several("b.json", 1.5), several("c.json", 1.2)
+    assert kvq("compare", before, same, "--fail-on-regression", "5%")[0] == 0
+    code, _, err = kvq("compare", before, slower, "--fail-on-regression", "5%")
+    assert code == 3 and "42 turbo #2: output throughput -20.0%" in err and "0 none" not in err
+    other = several("d.json", 0.1, concurrency=5)
+    code, _, err = kvq("compare", before, other, "--fail-on-regression", "5%")
+    assert code == 2 and "nothing to compare with" in err
+
+
 @pytest.mark.parametrize(
     ("flawed", "message"),
     [
