@@ -25,6 +25,7 @@ from kvq_cli.console import TalkHandler, emit, show_error
 from kvq_cli.load_options import spread_values
 from kvq_cli.options import name_the_flag
 from kvq_core.errors import INTERRUPTED, KvqError, UsageError
+from kvq_core.host import is_out_of_memory
 
 HELP = """Quantize the KV cache of a language model while it generates, and measure what that buys.
 
@@ -145,7 +146,7 @@ def as_kvq_error(exception: Exception, command: str = "kvq") -> KvqError:
     if isinstance(exception, OSError) and exception.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         where = f" {exception.filename}" if exception.filename else ""
         return KvqError(f"cannot write{where}: {exception.strerror}", "free some space, or write elsewhere")
-    if isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(exception):
         return KvqError(
             "out of memory" + (f": {str(exception).splitlines()[0]}" if str(exception) else ""),
             "a smaller --kv-memory, --gpu-memory-utilization, --max-num-seqs or --prefill-chunk",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
     from kvq_core.bench.workload import Dataset, Workload
     from kvq_core.models import LoadedModel
 
-ONE_LINE_WIDTH = 140
-"""From this width on, a change stands beside its value instead of under it."""
-
+NAME_WIDTH = 24
+"""What a name may take of a line, and twice that on wide terminals: longer ones go on in the next."""
 DEFINITIONS_HELP = "What the figures mean:\n\n" + "\n".join(f"{k}: {v}." for k, v in DEFINITIONS.items())
 
 
@@ -135,7 +135,7 @@ def measure_policies(
     plan = plan.at(points[0])
     dataset = read_dataset(plan.spec)
     if output:
-        check_output(output)
+        check_output(output, others=[("--dataset-path", plan.spec.file)])
     session = _open_session(output, as_list, resume)
     with console.progress(f"loading {model_name}"):
         from kvq_core.cache.plan import check_head_dims
@@ -372,7 +372,7 @@ def emit_tables(tables: "Sequence[Table]", notes: Sequence[str], warnings: Seque
     from rich.text import Text
 
     out = console.out()
-    one_line = out.width >= ONE_LINE_WIDTH
+    one_line = out.width >= console.ONE_LINE_WIDTH
     for table in tables:
         view = RichTable(
             title=Text(table.title, style="bold") if table.title else None,
@@ -381,13 +381,19 @@ def emit_tables(tables: "Sequence[Table]", notes: Sequence[str], warnings: Seque
             pad_edge=False,
             padding=(0, 1 if one_line else 0, 0, 0 if one_line else 1),
         )
+        columns: list[list[Text]] = []
         for i, column in enumerate(table.columns):
             heading = column.replace("pre-\n", "pre") if one_line else column
             heading = heading.replace("\n", " ") if one_line else heading
-            view.add_column(Text(heading), justify="right" if i else "left", no_wrap=i == 0)
-        for row in table.rows:
-            view.add_row(*(_render(cell, one_line) for cell in row))
-        out.print(view)
+            cells = [_render(row[i], one_line) for row in table.rows]
+            if i == 0:
+                cells = [Text("\n".join(wrap(cell.plain, NAME_WIDTH * (1 + one_line)))) for cell in cells]
+            width = console.column_width(heading, (cell.plain for cell in cells))
+            view.add_column(Text(heading, overflow="fold"), justify="right" if i else "left", width=width)
+            columns.append(cells)
+        for row in zip(*columns, strict=True):
+            view.add_row(*row)
+        console.print_table(view)
     for note in notes:
         out.print(Text(note))
     for warning in warnings:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,7 +13,12 @@ from kvq_core.errors import KvqError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
+ONE_LINE_WIDTH = 140
+"""From this width on headings take one line, and a change stands beside its value instead of under it."""
+WORD, TEXT = 7, 3
+"""Columns of a terminal that a word of a heading, and a column of text, get where it is narrow."""
 RED, YELLOW, CYAN = "1;31", "1;33", "1;36"
 
 
@@ -62,13 +67,40 @@ def emit_table(title: str, columns: list[str], rows: list[list[str]], notes: tup
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = all(_is_number(row[index]) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=index == 0)
+        width = column_width(column, (row[index] for row in rows)) if numeric or index == 0 else None
+        table.add_column(column, justify="right" if numeric else "left", width=width, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    out().print(table)
+    print_table(table)
     for note in notes:
         out().print(note, markup=False)
     sys.stdout.flush()
+
+
+def column_width(heading: str, cells: Iterable[str]) -> int:
+    """Columns of a terminal that whole cells take and, where it is narrow, a heading's words up to `WORD`."""
+    from rich.cells import cell_len
+
+    lines = [line for cell in cells for line in cell.split("\n")]
+    wide = out().width >= ONE_LINE_WIDTH
+    words = heading.split("\n") if wide else [word[:WORD] for word in heading.split()]
+    return max(cell_len(text) for text in [*words, *lines])
+
+
+def print_table(table: "Table") -> None:
+    """Data: as wide as the terminal or, where that is not enough for columns with a `width`, wider."""
+    from rich.measure import Measurement
+
+    console = out()
+    wide = console.options.update(width=1 << 16)
+    least = Measurement.get(console, wide, table).minimum
+    for column in table.columns:
+        if column.width is None:  # text, whose words may be broken
+            texts = (column.header, *column.cells)
+            least -= max(Measurement.get(console, wide, text).minimum for text in texts) - TEXT
+    if least > console.width:
+        table.width = least
+    console.print(table, crop=False)
 
 
 def _is_number(cell: str) -> bool:

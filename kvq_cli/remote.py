@@ -167,7 +167,7 @@ def measure_servers(
         normalize_url(server.base_url)
     dataset = read_dataset(plan.at(points[0]).spec)
     if output:
-        check_output(output)
+        check_output(output, others=[("--dataset-path", plan.spec.file)])
     models = [server.served_model or find_served_model(server.base_url, server.key) for server in servers]
     tokenizer = _load_tokenizer(models[0] if tokenizer_name is None else tokenizer_name)
     session = Session(output, as_list=as_list)

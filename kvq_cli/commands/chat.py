@@ -146,8 +146,12 @@ class Chat(ABC):
         }
 
     def loop(self) -> None:
-        """Read lines and answer them until the input ends."""
+        """Read lines and answer them until the input ends.
+
+        Where nobody is there to see that one went wrong, the exit code is that of the last that did.
+        """
         console.say(f"{self.model}, policy {self.policy}. /help lists the commands, Ctrl-D leaves.")
+        failed = 0
         while (line := self.read()) is not None:
             text = line.strip()
             if not text:
@@ -158,15 +162,19 @@ class Chat(ABC):
                 else:
                     self.answer(text)
             except EOFError:
-                return
+                break
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
                 console.say("(stopped)")
             except KvqError as error:
                 console.show_error(error)
+                failed = error.exit_code
         if self.interactive:
-            console.say("")
+            if line is None:
+                console.say("")
+        elif failed:
+            raise typer.Exit(failed)
 
     def read(self) -> str | None:
         """The next line; None at the end of the input. Ctrl-C drops the line that is being typed."""

@@ -107,9 +107,9 @@ def compare(
         typer.Option(
             parser=parse_fraction,
             metavar="SHARE",
-            help="Exit with code 3 where output throughput, mean TTFT or mean TPOT is worse by more than this "
-            "share (0.05 or 5%) or was not measured wholly. They are held against the baseline's or, with "
-            "several files, against those of the same policy and load in the first.",
+            help="Exit with code 3 where output throughput, mean TTFT or mean TPOT is worse by more than "
+            "this share (0.05 or 5%), or was not measured wholly. They are held against the baseline's or, "
+            "with several files, against those of the same policy and load in the first.",
             rich_help_panel=CHECK_PANEL,
         ),
     ] = None,
@@ -196,8 +196,12 @@ def compare(
     from kvq_core.bench.record import check_output, read_records, write_text
 
     limits = Limits(max_kl, parse_limits(slo or (), "--slo"))
+    read = [*(("--quality", file) for file in quality or ()), ("--dataset-path", plan.spec.file)]
     if html:
-        check_output(html, "--html")
+        given = [(str(file), file) for file in files or ()]
+        check_output(html, "--html", [*read, *given, ("--output", output)])
+    if output:
+        check_output(output, others=read)
     points = _check_sweep(sweep, resume, not files, output)
     measured_quality = read_quality(quality) if quality else None
     if files:

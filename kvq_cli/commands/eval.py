@@ -222,7 +222,7 @@ def eval(
 
     text, name = (read_text(dataset_path), dataset_path.name) if dataset_path else sample_text()
     if output:
-        check_output(output)
+        check_output(output, others=[("--dataset-path", dataset_path)])
     with console.progress(f"loading {model}"):
         from kvq_core.quality.perplexity import evaluate, load_for_evaluation
 

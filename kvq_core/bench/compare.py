@@ -103,8 +103,8 @@ class Comparison:
     def pairs(self, before: int = 0) -> list[tuple[int, int]]:
         """(row, row that it must not be worse than): its baseline's.
 
-        Where the first `before` of `measured` are of an earlier state, instead the one of them that has its load
-        and, if there are several, its policy. Rows without such a one are left out.
+        Where the first `before` of `measured` are of an earlier state, instead the one of them that has its
+        load and, if there are several, its policy. Rows without such a one are left out.
         """
         early = {id(run) for run in self.measured[:before]}
         earlier = [i for i, runs in enumerate(self.runs) if id(runs[0]) in early]
@@ -120,8 +120,9 @@ class Comparison:
                 found.append((i, alike[0]))
         return found
 
-    def regressions(self, share: float, pairs: Sequence[tuple[int, int]]) -> list[str]:
+    def regressions(self, share: float, pairs: Sequence[tuple[int, int]] | None = None) -> list[str]:
         """What is worse than its pair's by more than `share` (0.05 is 5%), or was not measured wholly."""
+        pairs = self.pairs() if pairs is None else pairs
         rows = sorted({row for pair in pairs for row in pair})
         found = [f"{self.names[i]}: {what}" for i in rows if (what := flaw(self.records[i]))]
         for i, j in pairs:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvq_core.errors import KvqError
+from kvq_core.errors import KvqError, UsageError
 
 SCHEMA_VERSION = 1
 PARTS = ("policy", "model", "env", "engine", "workload", "kv", "quantiles", "timeline")
@@ -323,8 +323,17 @@ def read_with_rows(paths: Iterable[Path]) -> tuple[list[RunRecord], list[dict[st
     return records, rows
 
 
-def check_output(path: Path, flag: str = "--output") -> None:
-    """Make sure, before anything is measured, that `path` can be written; creates its folder."""
+def check_output(path: Path, flag: str = "--output", others: Iterable[tuple[str, Path | None]] = ()) -> None:
+    """Make sure, before anything is measured, that `path` can be written; creates its folder.
+
+    `others` are files that the command reads or writes as well, by what names them: `UsageError` for one of
+    them.
+    """
+    for name, other in others:
+        if other is not None and path.resolve() == other.resolve():
+            raise UsageError(
+                f"{flag} and {name} are the same file, {path}", f"choose another name for {flag}"
+            )
     try:
         if path.is_dir():
             raise KvqError(f"{path} is a folder", f"{flag} takes the name of a file")

@@ -56,6 +56,11 @@ class WorkloadSpec:
     warmup_input_len: int | None = None
     """Prompts of the warm-up are cut to this many tokens."""
 
+    @property
+    def file(self) -> Path | None:
+        """The file that requests are read from."""
+        return None if self.path in (None, "hub") else Path(self.path)
+
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise UsageError(f"unknown --dataset-name `{self.name}`", f"use one of {', '.join(NAMES)}")

@@ -1,8 +1,5 @@
 """How much memory the cache gets: resolves "auto" in an `EngineConfig` and plans the pages."""
 
-import os
-from pathlib import Path
-
 import torch
 
 from kvq_core.cache.paged import PagedCache
@@ -11,6 +8,7 @@ from kvq_core.config import EngineConfig, SamplingParams
 from kvq_core.engine.request import Request
 from kvq_core.engine.scheduler import Chunk, Step
 from kvq_core.errors import KvqError, UsageError
+from kvq_core.host import available_bytes
 from kvq_core.models import LoadedModel
 
 _CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
@@ -84,7 +82,7 @@ def _check_allocatable(model: LoadedModel, plan: CachePlan) -> None:
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
-        free = _available_host_bytes() // model.group.size
+        free = available_bytes() // model.group.size
     free = model.group.smallest(free)
     if plan.memory_bytes > free:
         raise KvqError(
@@ -93,19 +91,8 @@ def _check_allocatable(model: LoadedModel, plan: CachePlan) -> None:
         )
 
 
-def _available_host_bytes() -> int:
-    """Memory that can be had without swapping; Linux counts its file cache in."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def _free_host_memory() -> int:
-    return min(int(_available_host_bytes() * _CPU_SHARE), _CPU_MOST)
+    return min(int(available_bytes() * _CPU_SHARE), _CPU_MOST)
 
 
 def _free_gpu_memory(model: LoadedModel, config: EngineConfig) -> int:

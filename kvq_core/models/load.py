@@ -10,6 +10,7 @@ from torch import nn
 
 from kvq_core.demo import DEMO, WHEEL_SHA256
 from kvq_core.errors import KvqError, UsageError
+from kvq_core.host import available_bytes
 from kvq_core.models.dummy import build_dummy, fill_dummy
 from kvq_core.models.geometry import ModelGeometry, as_ids, model_geometry, rope_parameters, text_config
 from kvq_core.models.key_bias import KeyBiases, find_key_biases
@@ -128,6 +129,8 @@ def load_shard(
             model = build_dummy(config, dtype=kind, device=place, **experts)
             shards = find_shards(model, planned, group)
             parameters = sum(p.numel() for p in model.parameters())
+            if place.type == "cpu":
+                _check_fits(name, parameters * kind.itemsize // group.size)
             fill_dummy(model, place, shards.cut)
         else:
             with group.in_turn():
@@ -163,6 +166,16 @@ def load_shard(
         group=group,
         number=number,
     )
+
+
+def _check_fits(name: str, size: int) -> None:
+    """Refuse weights larger than the free memory: the system would end the process without a word."""
+    free = available_bytes()
+    if size > free:
+        raise KvqError(
+            f"the weights of {name!r} take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
+            "use a smaller model or `--dtype bfloat16`, or close what else uses the memory",
+        )
 
 
 def load_config(name: str, *, load_format: str = "auto") -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from kvq_core.demo import DEMO, demo_folder
 from kvq_core.errors import KvqError
+from kvq_core.host import is_out_of_memory
 from kvq_core.presets import PRESETS, find_preset
 
 
@@ -85,12 +86,13 @@ def translated(name: str) -> Iterator[None]:
         yield
     except KvqError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise KvqError(
-            f"the weights of {name!r} do not fit in the GPU's memory",
-            "use a smaller model, or a GPU with more memory",
-        ) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            whose = "GPU" if isinstance(error, torch.OutOfMemoryError) else "machine"
+            raise KvqError(
+                f"the weights of {name!r} do not fit in the {whose}'s memory",
+                f"use a smaller model or `--dtype bfloat16`, or a {whose} with more memory",
+            ) from error
         raise explain(name, error) from error
 
 
@@ -110,7 +112,7 @@ def explain(name: str, error: Exception) -> KvqError:
             f"check the spelling; presets are {', '.join(PRESETS)}, and `demo` always works",
         )
     lost = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}
-    if not local and (kinds & lost or not hub_reachable()):
+    if not local and (kinds & lost or (isinstance(error, OSError | ValueError) and not hub_reachable())):
         return KvqError(
             f"cannot fetch {name!r}: the hub is out of reach, and the model is not in the local cache",
             "check the name and the network; or use a local folder, `--model demo`, or a preset with "

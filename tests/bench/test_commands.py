@@ -215,6 +215,23 @@ def test_files_are_joined_with_the_rows_of_their_requests(kvq, fakes, tmp_path):
     assert (joined.read_text(), rows) == before
 
 
+def test_what_a_command_reads_is_not_written_over(kvq, fakes, write_json, tmp_path):
+    runs = tmp_path / "runs.json"
+    kvq("profile-throughput", *SMALL, "--output", runs)
+    pairs = write_json("pairs.json", [[4, 2]] * 9)
+    load = ("--dataset-name", "lengths", "--dataset-path", pairs)
+    for args, message in (
+        (("profile-throughput", *load, "--output", pairs), "--output and --dataset-path are the same file"),
+        (("compare", "--policies", "0", *load, "--html", pairs), "--html and --dataset-path are the same"),
+        (("compare", runs, "--html", runs), f"--html and {runs} are the same file"),
+        (("compare", runs, "--output", "x.json", "--html", "./x.json"), "--html and --output are the same"),
+        (("compare", runs, "--quality", pairs, "--output", pairs), "--output and --quality are the same"),
+    ):
+        before = runs.read_text(), pairs.read_text()
+        code, _, err = kvq(*args)
+        assert code == 2 and message in err and (runs.read_text(), pairs.read_text()) == before
+
+
 def test_an_open_loop(kvq, fakes):
     load = ("--request-rate", 500, "--burstiness", 0.5, "--num-prompts", 4)
     code, out, _ = kvq("profile-throughput", *load, "--json")

@@ -59,7 +59,7 @@ def test_policy_changes_in_the_middle(cli, fake) -> None:
 
 def test_unknown_policy_changes_nothing(cli, fake) -> None:
     result = cli("chat", stdin=b"/policy 43\n/policy\none\n")
-    assert result.code == 0
+    assert result.code == 1, "nobody was there to see it"
     assert "error: unknown policy '43'\n\nhint: " in result.err
     assert "\npolicy none\n" in result.err
     assert result.out == "re:one \n"
@@ -132,14 +132,14 @@ def test_full_context_drops_the_oldest_exchanges(cli, fake) -> None:
 
 def test_message_longer_than_the_context(cli, fake) -> None:
     result = cli("chat", stdin=b"one\n" + b"word " * 400 + b"\ntwo\n")
-    assert result.code == 0
+    assert result.code == 1
     assert "error: the message is longer than the context of 300 tokens" in result.err
     assert result.out == "re:one \nre:two \n"
 
 
 def test_error_in_the_middle_of_an_answer(cli, fake) -> None:
     result = cli("chat", stdin=b"a fail\nnext\n")
-    assert result.code == 0
+    assert result.code == 1
     assert "error: the stream broke" in result.err
     assert result.out == "re:a \nre:next \n"
     assert contents(messages(fake)[1]) == ["next"]
