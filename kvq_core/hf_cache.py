@@ -136,7 +136,7 @@ class CodecLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, new = self._visible, [key_states, value_states]
-        if past and key_states.shape[-2] == 1:
+        if self._length and key_states.shape[-2] == 1:
             self._write(new)
             keys, values = self._read(past + 1, self.policy.recent)
         else:

@@ -187,6 +187,7 @@ class BlockManager:
         unwindowed = [g for g in self.groups if not g.shape.window]
         self._counted = (unwindowed or self.groups)[0].allocator
         """Of the group by which tokens are counted."""
+        self._all_windowed = not unwindowed
         self.peak_tokens = 0
         self._tokens = [0] * num_rows
         self._total_tokens = 0
@@ -216,6 +217,8 @@ class BlockManager:
     @property
     def tokens(self) -> int:
         """Tokens that the running requests have pages for; those that several share count once."""
+        if self._all_windowed:  # what windows have left behind has no pages any more
+            return self._counted.num_used * self.page_size
         return self._total_tokens - self._counted.num_shares * self.page_size
 
     def can_admit(self, tokens: Sequence[int], reserve: int, chunk: CachedChunk | None = None) -> bool:

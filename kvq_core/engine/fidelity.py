@@ -98,7 +98,7 @@ class Fidelity:
             if swap.row < self.rows:
                 self._from[swap.row] = swap.request.computed
         for chunk in step.chunks:
-            if chunk.start == chunk.request.cached_tokens and chunk.request.row < self.rows:
+            if chunk.start == chunk.request.begin and chunk.request.row < self.rows:
                 self._from[chunk.request.row] = chunk.start  # its first: what precedes it others have written
         wanted = bool(step.decodes) and self._random.random() < self.share
         chosen = [

@@ -41,6 +41,8 @@ class Request:
     """End -> key of every chunk that can be cached, in order."""
     cached_tokens: int = 0
     """Tokens of the prompt that were found in the cache."""
+    begin: int | None = None
+    """Token that its work begins at, after those that the cache has: again, where it was preempted."""
 
     def __post_init__(self) -> None:
         self.prefill_len = len(self.prompt)

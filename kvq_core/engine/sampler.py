@@ -46,7 +46,9 @@ def _restrict(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     ordered = ordered.masked_fill(ranks >= top_k[:, None], float("-inf"))
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # the most likely token always stays
-    ordered = ordered.masked_fill((before >= top_p[:, None]) & (ranks > 0), float("-inf"))
+    # A sum of float32 may reach 1 before the last token: who asks for all of them gets all.
+    beyond = (before >= top_p[:, None]) & (top_p[:, None] < 1) & (ranks > 0)
+    ordered = ordered.masked_fill(beyond, float("-inf"))
     return torch.full_like(scores, float("-inf")).scatter(-1, order, ordered)
 
 

@@ -366,9 +366,11 @@ class Scheduler:
                 self.blocks.adopt(request.row, chunk)
                 if self.config.row_bytes:
                     step.raw_in.append((chunk, request.row))
-            self.prompt_tokens += request.prefill_len
-            self.cached_tokens += start
-            request.cached_tokens = start
+            if request.begin is None:  # what is computed again was no prompt, and found its own work
+                self.prompt_tokens += request.prefill_len
+                self.cached_tokens += start
+                request.cached_tokens = start
+            request.begin = start
             self.blocks.extend(request.row, tokens)
             request.computed = start
             budget -= self._schedule_chunks(request, step, budget)

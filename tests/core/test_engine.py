@@ -1,6 +1,7 @@
 """The engine on a tiny random model: order, ends, limits, cancelling, memory."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,3 +268,18 @@ def test_several_chunks_of_a_prompt_in_a_step_change_no_token(make: MAKE, policy
         chunks.append(most)
     assert texts[0] == texts[1]
     assert chunks == [1, 1 if "r16" in policy else 3], "a raw window is read as the chunk before left it"
+
+
+def test_tokens_behind_all_windows_take_no_room(tmp_path: Path) -> None:
+    changes = {"sliding_window": 12, "max_position_embeddings": 256}
+    folder = save_tiny(tmp_path, "mistral", **changes)
+    model = load_model(str(folder), dtype="float32", device="cpu", need_tokenizer=False)
+    config = EngineConfig(policy=8, page_size=16, prefill_chunk=16, max_num_seqs=4, kv_memory=1 << 20)
+    engine, used = Engine(model, config), 0
+    for i in range(4):
+        engine.add_request([i + 2] * 100, SamplingParams(max_new_tokens=60, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+        used = max(used, engine.load.pages_used)
+    assert engine.kv_stats()["peak_tokens"] == 16 * used <= 16 * 4 * 3
+    assert engine.kv_stats()["tokens"] == 0

@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvq_core import EngineConfig, KVQCache, KvqError, pipeline
+from kvq_core.hf_cache import CodecLayer
 from kvq_core.models import load_model
+from kvq_core.policies import get_policy
 from tests.tiny import TINY
 
 VOCAB = TINY["vocab_size"]
@@ -184,3 +186,12 @@ def test_mistakes_are_told() -> None:
     hybrid = AutoConfig.for_model("falcon_h1")
     with pytest.raises(KvqError, match="caches more than keys and values"):
         KVQCache(hybrid, policy=42)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_decode_step_reads_its_own_token_through_the_codec(window: int) -> None:
+    layer = CodecLayer(get_policy("4"), window)
+    x = torch.randn(1, 1, 6, 32, generator=torch.Generator().manual_seed(0))
+    layer.update(x[:, :, :5], x[:, :, :5])
+    keys, _ = layer.update(x[:, :, 5:], x[:, :, 5:])
+    assert keys.shape[-2] == window and not torch.equal(keys[:, :, -1], x[:, :, 5])

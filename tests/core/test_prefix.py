@@ -348,3 +348,13 @@ def test_the_same_under_windows_little_memory_and_preemption(sliding: LoadedMode
         assert engine.scheduler.preemptions
         if swap or name != "42-window":
             assert engine.prefix_hit_rate > 0.05
+
+
+def test_what_is_computed_again_is_no_hit_of_the_cache(model: LoadedModel) -> None:
+    """Requests preempted without a place to swap to find their own chunks; no two prompts begin alike."""
+    page = sum(group.page_bytes for group in engine_for(model, True).plan.groups)
+    engine = engine_for(model, True, max_num_seqs=4, prefill_chunk=16, kv_memory=8 * page, swap_memory=0)
+    prompts = [[(10 * i + j) % 96 for j in range(18)] for i in range(6)]
+    assert len(answers(engine, prompts, [60] * 6)) == 6
+    assert engine.kv_stats()["preemptions"] > 0
+    assert (engine.load.prompt_tokens, engine.load.cached_tokens) == (6 * 18, 0)

@@ -58,3 +58,13 @@ def test_seeds_and_indices_give_other_noise() -> None:
     by_seed = sample(flat, [Draw(params, i, 3) for i in range(200)])
     assert len(set(by_index.tolist())) > 150 and len(set(by_seed.tolist())) > 150
     assert not by_index.equal(by_seed)
+
+
+def test_all_of_the_probability_is_all_of_it_beside_others_that_want_less() -> None:
+    """A sum of float32 reaches 1 before the last of many unlikely tokens."""
+    logits = torch.zeros(2, 32_000)
+    logits[:, 0] = 15.54
+    plain, other = SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.9)
+    for seed in (8657, 11165):
+        alone = sample(logits[:1], [Draw(plain, seed, 0)])
+        assert alone[0] == sample(logits, [Draw(plain, seed, 0), Draw(other, 0, 0)])[0] != 0
