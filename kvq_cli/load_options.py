@@ -316,8 +316,8 @@ class LoadPlan:
 
 
 SEVERAL = {
-    "--goodput": r"\w+:\d*\.?\d+",
-    "--slo": r"\w+:\d*\.?\d+",
+    "--goodput": r"\w+:\S*",
+    "--slo": r"\w+:\S*",
     "--sweep": r"[a-z-]+=[\d,]*",
 }
 """Flags that take several values, and what a value looks like."""
@@ -380,6 +380,6 @@ def _plan(values: dict[str, Any]) -> LoadPlan:
         prefix_len=values["prefix_len"],
         num_prefixes=values["num_prefixes"],
     )
-    asked = [name for name in ("concurrency", "input_len", "dataset_name") if values[name] is not None]
+    asked = [name for name, (_, default) in LOAD_FLAGS.items() if values[name] != default]
     sizes = {name: values[name] for name in own}
     return LoadPlan(spec, load, parse_limits(values["goodput"] or ()), asked=asked, **sizes)

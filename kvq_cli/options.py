@@ -12,13 +12,15 @@ import re
 from collections.abc import Callable, Collection
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from kvq_core.config import SERVING, EngineConfig, SamplingParams
 from kvq_core.errors import UsageError
 from kvq_core.policies import REGISTRY
+
+T = TypeVar("T")
 
 DEFAULTS = EngineConfig()
 SAMPLING = SamplingParams()
@@ -86,6 +88,18 @@ def parse_fraction(text: str | float) -> float:
     if not 0 <= value < float("inf"):
         raise UsageError(f"`{text}` is not a share", "a number as `0.01`, or `1%`")
     return value
+
+
+def naming(flag: str, parse: Callable[[Any], T]) -> Callable[[Any], T]:
+    """The parser of a flag's values, whose complaints name the flag."""
+
+    def parse_value(text: Any) -> T:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise UsageError(f"{flag}: {error.message}", error.hint) from None
+
+    return parse_value
 
 
 def parse_dtype(text: str) -> str:
@@ -255,7 +269,7 @@ KvMemory = Annotated[
     typer.Option(
         help="Memory for the KV cache of each GPU, as `8GiB` or `512MiB`. The same for every "
         "policy makes them comparable.",
-        parser=parse_size,
+        parser=naming("--kv-memory", parse_size),
         metavar="SIZE",
         show_default="sized from free memory",
         rich_help_panel=CACHE_PANEL,
@@ -331,7 +345,7 @@ Fidelity = Annotated[
         metavar="SHARE",
         help="Have this share of decode steps, as 0.01, attend to unquantized keys and values too, and "
         "report by layer how far the codec's are off; a jump is a warning. 0: off, and costs nothing.",
-        parser=parse_fraction,
+        parser=naming("--fidelity", parse_fraction),
         rich_help_panel=ENGINE_PANEL,
     ),
 ]
@@ -467,9 +481,10 @@ def engine_options(
 
 def name_the_flag(error: UsageError, command: str) -> UsageError:
     """The same complaint, about the flag that was typed instead of the field it became, and with a hint."""
-    field, _, complaint = error.message.partition(" ")
+    word, _, complaint = error.message.partition(" ")
+    field = word.removesuffix(":")
     flagged = field in ENGINE_FLAGS or field in SamplingParams.__dataclass_fields__
-    message = f"--{field.replace('_', '-')} {complaint}" if flagged else error.message
+    message = f"--{word.replace('_', '-')} {complaint}" if flagged else error.message
     return UsageError(message, error.hint or f"`{command} --help` shows every option")
 
 

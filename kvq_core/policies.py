@@ -146,6 +146,8 @@ def get_policy(spec: "int | str | Policy") -> Policy:
         return Policy(f"{key}:{value}", key, value, summary=f"K {key}, V {value}")
     if not colon and text in CODEC_NAMES:
         return Policy(text, text, text, summary=f"K and V {text}")
+    if re.search(r"\+[sr]\d+$", text):
+        raise KvqError(f"unknown policy {text!r}", "a window has both parts, as in `+s4r128` or `+s4r0`")
     known = ", ".join(f"{p.number} ({p.name})" if p.number is not None else p.name for p in REGISTRY)
     raise KvqError(
         f"unknown policy {text!r}",

@@ -148,7 +148,7 @@ class Chat(ABC):
     def loop(self) -> None:
         """Read lines and answer them until the input ends.
 
-        Where nobody is there to see that one went wrong, the exit code is that of the last that did.
+        Where nobody is there to see that one had no answer, the exit code says so.
         """
         console.say(f"{self.model}, policy {self.policy}. /help lists the commands, Ctrl-D leaves.")
         failed = 0
@@ -169,7 +169,8 @@ class Chat(ABC):
                 console.say("(stopped)")
             except KvqError as error:
                 console.show_error(error)
-                failed = error.exit_code
+                if not text.startswith("/"):
+                    failed = error.exit_code
         if self.interactive:
             if line is None:
                 console.say("")

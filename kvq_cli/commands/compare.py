@@ -1,5 +1,6 @@
 """`kvq compare`: policies, or records of earlier runs, side by side."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from kvq_cli.options import (
     OutputFile,
     Policies,
     engine_options,
+    naming,
     parse_fraction,
 )
 from kvq_cli.remote import KEY_VARIABLE, ApiKeyEnv, LoadProcesses, Targets, find_servers, measure_servers
@@ -105,7 +107,7 @@ def compare(
     fail_on_regression: Annotated[
         float | None,
         typer.Option(
-            parser=parse_fraction,
+            parser=naming("--fail-on-regression", parse_fraction),
             metavar="SHARE",
             help="Exit with code 3 where output throughput, mean TTFT or mean TPOT is worse by more than "
             "this share (0.05 or 5%), or was not measured wholly. They are held against the baseline's or, "
@@ -180,6 +182,8 @@ def compare(
             "`kvq compare` takes files of records, --policies or --target" + ", one of them" * both,
             "`kvq compare --policies 0,8,4,42`, `kvq compare A.json B.json`, or `--target vllm=URL`",
         )
+    if files:
+        _refuse_load(plan, config, repeats=repeats != 1, mode=mode != EQUAL_MEMORY, model=model is not None)
     if load_processes > 1 and not target:
         raise UsageError("--load-processes needs --target", "an engine of our own needs no clients")
     if target and resume:
@@ -278,6 +282,19 @@ def compare(
     if fail_on_regression is not None:
         before = read_records(files[:1]) if files and len(files) > 1 and baseline is None else []
         _check_regressions(comparison, fail_on_regression, len(before))
+
+
+def _refuse_load(plan: LoadPlan, config: EngineConfig, **others: bool) -> None:
+    """Records were measured already: refuse flags that say how to measure."""
+    default = EngineConfig()
+    engine = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
+    given = [*plan.asked, *engine, *(name for name, is_given in others.items() if is_given)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(
+            f"{flags}: this says how to measure, and the records in these files are measured",
+            "leave it out, or measure with `--policies`",
+        )
 
 
 def _check_sweep(sweep: list[str] | None, resume: bool, measures: bool, output: Path | None) -> list[Point]:

@@ -15,6 +15,7 @@ from kvq_cli.options import (
     OutputFile,
     Policies,
     engine_options,
+    naming,
     parse_fraction,
 )
 from kvq_cli.sensitivity import (
@@ -150,7 +151,7 @@ def eval(
     max_ppl_increase: Annotated[
         float | None,
         typer.Option(
-            parser=parse_fraction,
+            parser=naming("--max-ppl-increase", parse_fraction),
             metavar="SHARE",
             help="Exit with code 3 if a policy raises the perplexity by more than this share: 0.01 or 1%.",
             rich_help_panel=CHECK_PANEL,

@@ -14,6 +14,7 @@ from kvq_cli.options import (
     Model,
     api_key_from,
     engine_options,
+    naming,
     parse_size,
 )
 from kvq_core.config import SERVING, EngineConfig, ServerConfig
@@ -50,7 +51,7 @@ def serve(
     max_body: Annotated[
         int,
         typer.Option(
-            parser=parse_size,
+            parser=naming("--max-body", parse_size),
             metavar="SIZE",
             help="Largest body of a request, as `16MiB`; larger ones are answered with status 413.",
             show_default=f"{DEFAULTS.max_body >> 20}MiB",

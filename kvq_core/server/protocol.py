@@ -256,6 +256,8 @@ def _first(error: ValidationError) -> ApiError:
     """The first thing wrong, as OpenAI would say it."""
     wrong = error.errors(include_url=False, include_input=False)[0]
     where = [str(part) for part in wrong["loc"]]
+    while len(where) > 1 and ("[" in where[-1] or where[-1] in ("str", "int", "float", "bool", "dict")):
+        where.pop()  # which of several types it was tried for
     param = where[0] if where else None
     if wrong["type"] == "extra_forbidden":
         return ApiError(

@@ -599,6 +599,31 @@ def test_help_defines_the_figures(kvq, command):
     assert "queueing included" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("flag", [("-c", 3), ("--kv-memory", "1GiB"), ("--repeats", 2), ("--model", "x")])
+def test_records_are_not_measured_anew(kvq, bench, write_json, flag):
+    file = write_json("a.json", bench.record().to_dict())
+    code, out, err = kvq("compare", file, *flag)
+    assert code == 2 and "this says how to measure" in err and not out
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_long_names_leave_figures_whole(kvq, bench, write_json, monkeypatch, width):
+    from rich.console import Console
+
+    name = "turbo@0,1,-2,-1=int8+s4r128"
+    speed = {"capacity_ratio": 4.75, "peak_tokens": 94170, "preemptions": 0}
+    records = [bench.record(kv=speed).to_dict(), bench.record(name, 42, speed=1.7, kv=speed).to_dict()]
+    with open("/dev/null", "w") as nowhere:
+        shown = Console(width=width, file=nowhere, record=True, no_color=True)
+        monkeypatch.setattr(console, "out", lambda: shown)
+        with pytest.raises(SystemExit):
+            main(["compare", str(write_json("a.json", records))])
+        text = shown.export_text()
+    assert "…" not in text and all(
+        word in text for word in ("4.250", "+70.0%", "x4.75", "94,170", "42 turbo@0")
+    )
+
+
 def test_narrow_terminals_get_readable_tables(kvq, fakes, monkeypatch):
     from rich.console import Console
 

@@ -217,7 +217,7 @@ def test_streams_that_break(other: tuple[str, type[Other]], events: list[str], m
     url, handler = other
     handler.events = events
     done = kvq("chat", "--url", url, stdin="Hi\n")
-    assert done.returncode == 0 and f"error: {message}" in done.stderr and "hint" in done.stderr
+    assert done.returncode == 1 and f"error: {message}" in done.stderr and "hint" in done.stderr
 
 
 @pytest.mark.demo
