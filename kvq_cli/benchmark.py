@@ -387,7 +387,8 @@ def emit_tables(tables: "Sequence[Table]", notes: Sequence[str], warnings: Seque
             heading = heading.replace("\n", " ") if one_line else heading
             cells = [_render(row[i], one_line) for row in table.rows]
             if i == 0:
-                cells = [Text("\n".join(wrap(cell.plain, NAME_WIDTH * (1 + one_line)))) for cell in cells]
+                most = NAME_WIDTH * (1 + one_line)
+                cells = [Text("\n".join(wrap(c.plain, most, break_on_hyphens=False))) for c in cells]
             width = console.column_width(heading, (cell.plain for cell in cells))
             view.add_column(Text(heading, overflow="fold"), justify="right" if i else "left", width=width)
             columns.append(cells)

@@ -318,7 +318,7 @@ def _model(record: RunRecord) -> str:
 def _memory(record: RunRecord) -> str | None:
     """Of the cache, to two digits: what is free on a GPU differs a little from run to run."""
     memory = record.engine.get("kv_memory")
-    return None if memory is None else f"{memory / 2**30:.2g} GiB"
+    return None if memory is None else f"{float(f'{memory / 2**30:.2g}'):g} GiB"
 
 
 def _part(*path: str) -> Callable[[RunRecord], Any]:
