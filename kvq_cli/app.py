@@ -86,7 +86,8 @@ def main(args: list[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     logger = logging.getLogger("kvq")
     logger.setLevel(logging.INFO)
-    logger.addHandler(TalkHandler())
+    if not any(isinstance(handler, TalkHandler) for handler in logger.handlers):
+        logger.addHandler(TalkHandler())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a narrow locale shows `?` and does not end the run
