@@ -208,8 +208,11 @@ def compare(
         check_output(output, others=read)
     points = _check_sweep(sweep, resume, not files, output)
     measured_quality = read_quality(quality) if quality else None
+    before = 0
     if files:
         session = _read(files, output)
+        if len(files) > 1 and baseline is None:
+            before = len(read_records(files[:1]))
     elif target:
         servers = find_servers(target, api_key_env, load_processes)
         session = measure_servers(
@@ -280,8 +283,7 @@ def compare(
         console.say(f"wrote {html}")
     session.finish()
     if fail_on_regression is not None:
-        before = read_records(files[:1]) if files and len(files) > 1 and baseline is None else []
-        _check_regressions(comparison, fail_on_regression, len(before))
+        _check_regressions(comparison, fail_on_regression, before)
 
 
 def _refuse_load(plan: LoadPlan, config: EngineConfig, **others: bool) -> None:
@@ -343,11 +345,10 @@ def _check_regressions(comparison: "Comparison", share: float, before: int) -> N
 
 
 def _read(files: list[Path], output: Path | None) -> Session:
-    from kvq_core.bench.record import check_output, read_records, read_with_rows
+    from kvq_core.bench.record import read_records, read_with_rows
 
     if output is None:
         return Session(None, as_list=True, records=read_records(files))
-    check_output(output)
     records, rows = read_with_rows(files)
     return Session(output, as_list=True, records=records, rows=rows)
 

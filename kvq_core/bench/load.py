@@ -192,8 +192,8 @@ def run_load(
     free = deque([-math.inf] * min(load.concurrency or len(requests), len(requests)))
     """For every request that may still be sent: since when."""
     cancel_after = load.cancellations(requests)
-    chunks = of_chunks = 0
-    """Pieces of whole answers, and the tokens that their ends told of."""
+    chunks = counted = 0
+    """Of answers that ended: their chunks, and the tokens that these were."""
     stop = result.start + (math.inf if load.duration is None else load.duration)
     ended = tokens = 0
     try:
@@ -231,9 +231,10 @@ def run_load(
                 tokens += event.tokens
                 last = max(last, event.time)
                 if event.counts is not None:
-                    chunks, of_chunks = chunks + len(trace.arrivals), of_chunks + trace.tokens
-                known = trace.tokens * max(1.0, of_chunks / max(1, chunks))
-                if trace.ended is None and known >= cancel_after.get(trace.index, math.inf):
+                    chunks, counted = chunks + len(trace.arrivals), counted + trace.tokens
+                limit = cancel_after.get(trace.index)
+                per_chunk = max(1.0, counted / max(1, chunks))
+                if limit is not None and trace.ended is None and trace.tokens * per_chunk >= limit:
                     target.cancel(trace.index)
                     trace.cancelled, trace.ended = True, event.time
                 if trace.ended is not None:

@@ -136,7 +136,7 @@ def plan_cache(
         tokens = min(max_model_len, window + prefill_chunk + page_size)
         return min(pages, max_num_seqs * pages_for(tokens, page_size) + 1)
 
-    def size(pages: int, page_bytes: Mapping[tuple[int, PageLayout], int] = page_bytes) -> int:
+    def size(pages: int, page_bytes: Mapping[tuple[int, PageLayout], int]) -> int:
         return sum(share(pages, key[0]) * page_bytes[key] for key in members)
 
     def most(budget: int, page_bytes: Mapping[tuple[int, PageLayout], int]) -> int:
@@ -157,7 +157,7 @@ def plan_cache(
         for (window, layout), layers in members.items()
     )
     if pages < 2:
-        need = size(2) + max_num_seqs * raw
+        need = size(2, page_bytes) + max_num_seqs * raw
         windows = f" and the unquantized tokens of {max_num_seqs} requests take" if raw else " takes"
         raise KvqError(
             f"{memory:,} bytes of KV memory hold no request: a page of {page_size} tokens{windows} {need:,}",

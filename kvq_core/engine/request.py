@@ -42,7 +42,7 @@ class Request:
     cached_tokens: int = 0
     """Tokens of the prompt that were found in the cache."""
     begin: int | None = None
-    """Token that its work begins at, after those that the cache has: again, where it was preempted."""
+    """The first token that is computed, after those found in the cache; None before it first ran."""
 
     def __post_init__(self) -> None:
         self.prefill_len = len(self.prompt)
